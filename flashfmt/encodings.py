@@ -64,7 +64,7 @@ class Encoding(StrEnum):
         return _STORAGE[self]
 
 
-_STORAGE: Final = {
+_STORAGE: Final[dict[Encoding, np.dtype[Any]]] = {
     Encoding.F32: np.dtype("<f4"),
     Encoding.F16: np.dtype("<f2"),
     Encoding.BF16: np.dtype("<u2"),

@@ -94,7 +94,7 @@ class Rotary(_Description, frozen=True, kw_only=True):
 
 
 class Attention(_Description, frozen=True, kw_only=True):
-    """Causal self-attention. `scale` multiplies the scores; query head h reads key/value head h // (n_heads / n_kv_heads).
+    """Causal self-attention: `scale` multiplies the scores; query head h reads key/value head h // (n_heads / n_kv_heads).
 
     `qk_norm` normalises queries and keys before rotation, over each head or over the whole projection.
     """
@@ -234,6 +234,14 @@ class Statistics(_Description, frozen=True, kw_only=True):
     window_tokens: Count
 
 
+class SpecialTokens(_Description, frozen=True, kw_only=True):
+    """Token ids with a role. A prompt that no template renders starts with `bos` when `add_bos`; any of `eos` ends a text."""
+
+    bos: Annotated[int, Meta(ge=0)] | None = None
+    eos: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=64)] = ()
+    add_bos: bool = False
+
+
 class Provenance(_Description, frozen=True, kw_only=True):
     """Where the weights come from."""
 
@@ -253,6 +261,7 @@ class Manifest(_Description, frozen=True, kw_only=True):
     name: Text
     decoder: Decoder
     provenance: Provenance
+    tokens: SpecialTokens = SpecialTokens()
     required_features: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
     optional_features: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
     predictors: Annotated[tuple[Predictor, ...], Meta(max_length=10_000)] = ()
