@@ -94,7 +94,7 @@ class Rotary(_Description, frozen=True, kw_only=True):
 
 
 class Attention(_Description, frozen=True, kw_only=True):
-    """Causal self-attention: `scale` multiplies the scores; query head h reads key/value head h * n_kv_heads // n_heads.
+    """Causal self-attention: `scale` multiplies the scores; query head h reads head h * n_kv_heads // n_heads of k, v.
 
     `qk_norm` normalises queries and keys before rotation, over each head or over the whole projection.
     """
@@ -235,7 +235,7 @@ class Statistics(_Description, frozen=True, kw_only=True):
 
 
 class SpecialTokens(_Description, frozen=True, kw_only=True):
-    """Token ids with a role: any of `eos` ends a text; a prompt that no template renders starts with `bos` if `add_bos`."""
+    """Token ids with a role: any of `eos` ends a text; `add_bos`: a prompt that no template renders starts with `bos`."""
 
     bos: Annotated[int, Meta(ge=0)] | None = None
     eos: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=64)] = ()
