@@ -235,7 +235,7 @@ class Statistics(_Description, frozen=True, kw_only=True):
 
 
 class SpecialTokens(_Description, frozen=True, kw_only=True):
-    """Token ids with a role: any of `eos` ends a text; `add_bos`: a prompt that no template renders starts with `bos`."""
+    """Token ids with a role: any of `eos` ends a text; with `add_bos` a prompt without template starts with `bos`."""
 
     bos: Annotated[int, Meta(ge=0)] | None = None
     eos: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=64)] = ()

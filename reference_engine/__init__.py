@@ -1,0 +1,1 @@
+"""The reference engine: runs flash files in less memory than they have bytes."""
