@@ -1,0 +1,183 @@
+"""Flash files with random weights in the shapes of real models: for measuring memory and speed without a download.
+
+The weights are small random numbers, so activations stay finite; the text such a model writes means nothing. A
+pool of random rows is written over and over, which makes a file as fast as the disk takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from flashfmt import BundlesSpec, FlashWriter, TensorSpec
+from flashfmt.encodings import Encoding, encode
+from flashfmt.manifest import (
+    FORMAT_VERSION,
+    Activation,
+    Attention,
+    Block,
+    Decoder,
+    Embedding,
+    FeedForward,
+    Layer,
+    LearnedPositions,
+    Logits,
+    Manifest,
+    Norm,
+    Provenance,
+    Rotary,
+    bundle_checksums_name,
+    required_arrays,
+)
+
+_POOL_ROWS: Final = 512
+_BLOCK_NEURONS: Final = 512
+_WEIGHT_SCALE: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a model; `plain` is OPT's kind of decoder (ReLU, learned positions), else Llama's (gated SiLU)."""
+
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
+    plain: bool
+    tied: bool
+    context_tokens: int = 2048
+
+    def decoder(self) -> Decoder:
+        """Description of a decoder in these sizes."""
+        if self.plain:
+            return Decoder(
+                vocab_size=self.vocab_size,
+                d_model=self.d_model,
+                context_tokens=self.context_tokens,
+                embedding=Embedding(d_embed=self.d_model),
+                positions=LearnedPositions(n_rows=self.context_tokens + 2, offset=2),
+                norm=Norm(kind="layer_norm", eps=1e-5, bias=True),
+                block=Block(order="pre_norm"),
+                attention=self._attention(biases=True),
+                ffn=FeedForward(
+                    kind="plain", d_ff=self.d_ff, activation=Activation(kind="relu"), up_bias=True, down_bias=True
+                ),
+                logits=Logits(tied=self.tied),
+                layers=(Layer(),) * self.n_layers,
+            )
+        return Decoder(
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            context_tokens=self.context_tokens,
+            embedding=Embedding(d_embed=self.d_model),
+            rotary=(Rotary(name="main", n_dims=self.d_model // self.n_heads),),
+            norm=Norm(kind="rms_norm", eps=1e-5),
+            attention=self._attention(biases=False),
+            ffn=FeedForward(kind="gated", d_ff=self.d_ff, activation=Activation(kind="silu")),
+            logits=Logits(tied=self.tied),
+            layers=(Layer(rotary="main"),) * self.n_layers,
+        )
+
+    def _attention(self, *, biases: bool) -> Attention:
+        head_dim = self.d_model // self.n_heads
+        return Attention(
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            qkv_bias=biases,
+            output_bias=biases,
+        )
+
+
+SHAPES: Final[dict[str, Shape]] = {
+    "opt-125m": Shape(12, 768, 3072, 12, 12, 50272, plain=True, tied=True),
+    "opt-1.3b": Shape(24, 2048, 8192, 32, 32, 50272, plain=True, tied=True),
+    "opt-2.7b": Shape(32, 2560, 10240, 32, 32, 50272, plain=True, tied=True),
+    "opt-6.7b": Shape(32, 4096, 16384, 32, 32, 50272, plain=True, tied=True),
+    "llama-1.1b": Shape(22, 2048, 5632, 32, 4, 32000, plain=False, tied=False),
+    "llama-2-7b": Shape(32, 4096, 11008, 32, 32, 32000, plain=False, tied=False),
+    "llama-3-8b": Shape(32, 4096, 14336, 32, 8, 128256, plain=False, tied=False, context_tokens=8192),
+    "qwen2-0.5b": Shape(24, 896, 4864, 14, 2, 151936, plain=False, tied=True),
+}
+
+
+def write_synthetic(
+    path: Path,
+    like: str,
+    *,
+    encoding: Encoding = Encoding.F16,
+    residents: Encoding = Encoding.F16,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write a flash file in the shapes of `like`, a key of `SHAPES`.
+
+    Parameters
+    ----------
+    encoding, residents : of the bundles and of the resident matrices.
+    progress : called with the bytes of each piece written.
+
+    Raises
+    ------
+    FlashWriteError
+    """
+    decoder = SHAPES[like].decoder()
+    manifest = Manifest(
+        version=FORMAT_VERSION,
+        metadata_crc32c="00000000",
+        name=f"synthetic {like}",
+        decoder=decoder,
+        provenance=Provenance(writer="reference_engine.synthetic", source=like, source_format="synthetic"),
+    )
+    tensors = list(_tensor_specs(manifest, residents))
+    bundles = [
+        BundlesSpec(layer, encoding, decoder.ffn.parts, decoder.ffn.d_ff, decoder.d_model)
+        for layer in range(decoder.n_layers)
+    ]
+    rng = np.random.default_rng(seed)
+    fingerprint = f"synthetic {like} {encoding} {residents} {seed}"
+    with FlashWriter(path, manifest, tensors=tensors, bundles=bundles, files=[], fingerprint=fingerprint) as writer:
+        for spec in tensors:
+            data = _tensor(spec, rng)
+            writer.write_tensor(spec.name, data)
+            if progress is not None:
+                progress(data.nbytes)
+        pool = _rows(rng, (_BLOCK_NEURONS, len(decoder.ffn.parts), decoder.d_model), encoding)
+        for layer in range(decoder.n_layers):
+            with writer.bundles(layer) as sink:
+                for first in range(0, decoder.ffn.d_ff, _BLOCK_NEURONS):
+                    block = pool[: min(_BLOCK_NEURONS, decoder.ffn.d_ff - first)]
+                    sink.append(block)
+                    if progress is not None:
+                        progress(block.nbytes)
+
+
+def _tensor_specs(manifest: Manifest, residents: Encoding) -> Iterator[TensorSpec]:
+    checksums = {bundle_checksums_name(layer) for layer in range(manifest.decoder.n_layers)}
+    for name, rule in required_arrays(manifest).items():
+        if name not in checksums:
+            plain = not rule.encodable or name == "embedding/positions"
+            yield TensorSpec(name, Encoding.F32 if plain else residents, rule.shape)
+
+
+def _tensor(spec: TensorSpec, rng: np.random.Generator) -> npt.NDArray[Any]:
+    if spec.name.startswith("rotary/"):
+        n = spec.shape[0]
+        return (10000.0 ** (-np.arange(n) / n)).astype(np.float32)
+    if len(spec.shape) == 1:
+        constant = 1.0 if spec.name.endswith("norm/weight") else 0.0
+        return np.full(spec.shape, constant, np.float32)
+    pool = _rows(rng, (min(_POOL_ROWS, spec.shape[0]), spec.shape[1]), spec.encoding)
+    return np.resize(pool, (spec.shape[0], pool.shape[1]))
+
+
+def _rows(rng: np.random.Generator, shape: tuple[int, ...], encoding: Encoding) -> npt.NDArray[Any]:
+    return encode(rng.standard_normal(shape, np.float32) * np.float32(_WEIGHT_SCALE), encoding)
