@@ -1,0 +1,135 @@
+"""Which neurons of a layer stay in DRAM from token to token. Pure: ids in, ids out; no bytes, no I/O.
+
+A window is fed the active neurons of one token after another (or of one prefill chunk) and says what has to be
+loaded and what leaves. Two rules with one interface:
+
+- `RecentTokens`, the reference: the paper's sliding window (LLM in a flash, section 3.1): keep what the last k tokens
+  used, evict a neuron as soon as it leaves the window.
+- `LeastRecent`, the default: keep everything until room is needed, then evict the least recently active.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class WindowStep:
+    """What one token changes: sorted, unique int32 neuron ids.
+
+    `hits` were held and are active; `missing` are active and must be loaded; `evicted` leave.
+    """
+
+    hits: Ids
+    missing: Ids
+    evicted: Ids
+
+
+class NeuronWindow(Protocol):
+    """A rule for one layer."""
+
+    def step(self, active: Ids) -> WindowStep:
+        """Take the next token's active neurons (sorted, unique) and update what is held."""
+        ...
+
+    def forget(self, ids: Ids) -> None:
+        """No longer count `ids` as held, because loading them failed."""
+        ...
+
+    def held(self) -> Ids:
+        """Neurons held now, sorted."""
+        ...
+
+
+class RecentTokens:
+    """The paper's rule: hold the union of the active neurons of the last `k` tokens, k >= 1."""
+
+    def __init__(self, n_neurons: int, k: int) -> None:
+        if k < 1:
+            raise ValueError(f"a window holds at least one token, not {k}")
+        self._last_active = np.full(n_neurons, -1, np.int64)  # index of the token that used a neuron last
+        self._held = np.zeros(n_neurons, np.bool_)
+        self._recent: deque[Ids] = deque(maxlen=k)
+        self._token = 0
+
+    def step(self, active: Ids) -> WindowStep:
+        """Evicted are the held neurons that none of the last k tokens, this one included, used."""
+        leaving = self._recent[0] if len(self._recent) == self._recent.maxlen else active[:0]
+        is_held = self._held[active]
+        oldest = self._token - len(self._recent)
+        self._last_active[active] = self._token
+        evicted = leaving[(self._last_active[leaving] == oldest) & self._held[leaving]]
+        self._recent.append(active)
+        self._token += 1
+        self._held[active] = True
+        self._held[evicted] = False
+        return WindowStep(active[is_held], active[~is_held], evicted)
+
+    def forget(self, ids: Ids) -> None:
+        """No longer count `ids` as held."""
+        self._held[ids] = False
+
+    def held(self) -> Ids:
+        """Neurons held now, sorted."""
+        return np.flatnonzero(self._held).astype(np.int32)
+
+
+class LeastRecent:
+    """Hold up to `capacity` neurons; make room by evicting the least recently active, lowest id first among equals."""
+
+    def __init__(self, n_neurons: int, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"a window has room for at least one neuron, not {capacity}")
+        self.capacity = capacity
+        self._last_active = np.full(n_neurons, -1, np.int64)
+        self._held = np.zeros(n_neurons, np.bool_)
+        self._n_held = 0
+        self._token = 0
+
+    def step(self, active: Ids) -> WindowStep:
+        """Evicted are as few held, inactive neurons as make room.
+
+        Raises
+        ------
+        ValueError
+            If more neurons are active than there is room for; feed them in parts.
+        """
+        if len(active) > self.capacity:
+            raise ValueError(f"{len(active)} active neurons exceed the capacity of {self.capacity}")
+        is_held = self._held[active]
+        missing = active[~is_held]
+        self._last_active[active] = self._token
+        self._token += 1
+        evicted = self._choose(self._n_held + len(missing) - self.capacity)
+        self._held[evicted] = False
+        self._held[missing] = True
+        self._n_held += len(missing) - len(evicted)
+        return WindowStep(active[is_held], missing, evicted)
+
+    def forget(self, ids: Ids) -> None:
+        """No longer count `ids` as held."""
+        self._n_held -= int(np.count_nonzero(self._held[ids]))
+        self._held[ids] = False
+
+    def held(self) -> Ids:
+        """Neurons held now, sorted."""
+        return np.flatnonzero(self._held).astype(np.int32)
+
+    def _choose(self, n: int) -> Ids:
+        held = np.flatnonzero(self._held).astype(np.int32)
+        if n <= 0:
+            return held[:0]
+        age = self._last_active[held]
+        if n < len(held):
+            limit = np.partition(age, n - 1)[n - 1]  # every neuron older than this goes, and some of exactly this age
+            older, equal = held[age < limit], held[age == limit]
+            held = np.concatenate((older, equal[: n - len(older)]))
+        held.sort()
+        return held
