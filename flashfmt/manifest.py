@@ -21,13 +21,14 @@ FORMAT_VERSION = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
 
 KNOWN_FEATURES: frozenset[str] = frozenset()
 
+# In the patterns, (?!\n) is for Python, whose $ also matches before a final line feed.
 Count = Annotated[int, Meta(ge=1, le=1 << 31)]
 Positive = Annotated[float, Meta(gt=0)]
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z][a-z0-9_]*$")]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z][a-z0-9_]*(?!\n)$")]
 Text = Annotated[str, Meta(max_length=4096)]
-Version = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})$")]
-Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}$")]
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Version = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})(?!\n)$")]
+Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}(?!\n)$")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
 
 ActivationKind = Literal["identity", "relu", "relu2", "fatrelu", "silu", "gelu", "gelu_tanh", "quick_gelu"]
 NormKind = Literal["layer_norm", "rms_norm"]

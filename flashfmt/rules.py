@@ -17,8 +17,8 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "FF-ZIP-1": "A `.flash` file is a ZIP archive whose first local file header stands at byte 0.",
         "FF-ZIP-2": "The file ends with the ZIP64 end record, the ZIP64 locator and the end record, adjacent in this "
         "order, without a comment, and nothing follows.",
-        "FF-ZIP-3": "The end records describe one disk and agree with each other: a count, size or offset in the end "
-        "record is the ZIP64 value or all ones.",
+        "FF-ZIP-3": "The end records need version 45, describe one disk and agree with each other: a count, size or "
+        "offset in the end record is the ZIP64 value or all ones.",
         "FF-ZIP-4": "The central directory ends where the ZIP64 end record begins and holds exactly the stated number "
         "of entries.",
         "FF-ZIP-5": "Every entry is STORED, unencrypted, of equal compressed and uncompressed size, with flags 0x0800, "
@@ -26,7 +26,7 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "FF-ZIP-6": "The extra data of a central entry is exactly one ZIP64 field of both sizes and the offset, and "
         "the three 32-bit fields are all ones.",
         "FF-ZIP-7": "An entry name is a key: 1 to 1024 ASCII bytes, segments of [a-z0-9_.-] separated by '/', no "
-        "segment empty or beginning with '.'.",
+        "segment empty or beginning with '.' or '-'.",
         "FF-ZIP-8": "Entry names are unique.",
         "FF-ZIP-9": "A local file header agrees with its central entry in every field they share.",
         "FF-ZIP-10": "The extra data of a local header is exactly a ZIP64 field of both sizes, then an alignment field "
@@ -38,7 +38,7 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         # The directory container.
         "FF-DIR-1": "A model directory holds the document zarr.json.",
         "FF-DIR-2": "A model directory holds regular files and directories only, no symbolic links.",
-        "FF-DIR-3": "Every path below a model directory is a key by the grammar of FF-ZIP-7, and no directory is empty.",
+        "FF-DIR-3": "Every path in a model directory is a key by the grammar of FF-ZIP-7, and no directory is empty.",
         # JSON documents.
         "FF-JSON-1": "A document is UTF-8 without a byte order mark.",
         "FF-JSON-2": "A document is valid JSON (RFC 8259).",
@@ -85,15 +85,15 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "FF-TEN-1": "The storage shape is the logical shape for plain encodings, and [rows, part_nbytes] for q8 and "
         "q4, which have two dimensions and rows of a multiple of 64 weights.",
         "FF-TEN-2": "The payload of an uncompressed array has exactly the bytes of its storage shape.",
-        "FF-TEN-3": "A compressed payload is one frame that states, and decompresses to, exactly the bytes of the "
-        "storage shape (verify, or when the tensor is read).",
+        "FF-TEN-3": "A compressed payload states in its header, and decompresses to, exactly the bytes of the storage "
+        "shape (verify, or when the tensor is read).",
         "FF-TEN-4": "Weights and scales, of tensors and of bundles, are finite (verify).",
         "FF-TEN-5": "Padding inside q8 and q4 rows, of tensors and of bundles, is zero (verify).",
         # Bundles.
         "FF-BND-1": "Parts, n_neurons and d_model of bundles are those of the manifest's decoder.",
         "FF-BND-2": "Bundles have a weight encoding; for q8 and q4 d_model is a multiple of 64.",
         "FF-BND-3": "part_nbytes is the size of an encoded row of d_model weights, row_nbytes that of all parts.",
-        "FF-BND-4": "The storage shape is [n_neurons, parts, d_model], or [n_neurons, parts, part_nbytes] for q8 and q4.",
+        "FF-BND-4": "The storage shape is [n_neurons, parts, d_model], for q8 and q4 [n_neurons, parts, part_nbytes].",
         "FF-BND-5": "The sharding codec has inner chunks of one bundle, inner codecs [bytes], index codecs [bytes, "
         "crc32c] and its index at the end.",
         "FF-BND-6": "The stride is not smaller than row_nbytes.",
@@ -128,7 +128,7 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "FF-LIM-3": "A document has at most 1 MiB.",
         "FF-LIM-4": "JSON nests at most 32 deep.",
         "FF-LIM-5": "A layer has at most 2^24 neurons.",
-        "FF-LIM-6": "Bundles have at most 16 MiB, and so has their stride.",
+        "FF-LIM-6": "Bundles, their stride, and encoded rows of q8 and q4 tensors have at most 16 MiB.",
         "FF-LIM-7": "A dimension is at most 2^31.",
         "FF-LIM-8": "An embedded file has at most 256 MiB.",
         # Alignment.
