@@ -1,1 +1,38 @@
+"""flashfmt: an open on-disk format for language models bigger than memory."""
+
+from flashfmt.bundles import Bundles
+from flashfmt.container import Extent
+from flashfmt.encodings import Encoding
+from flashfmt.errors import (
+    ChecksumError,
+    FlashError,
+    FlashFormatError,
+    FlashReadError,
+    FlashWriteError,
+    UnsupportedError,
+)
+from flashfmt.manifest import FORMAT_VERSION, Decoder, Manifest
+from flashfmt.rules import RULES
+from flashfmt.tensor import BundlesInfo, FileInfo, StoredTensor, TensorInfo
+
 __version__ = "1.0.0"
+
+__all__ = [
+    "FORMAT_VERSION",
+    "RULES",
+    "Bundles",
+    "BundlesInfo",
+    "ChecksumError",
+    "Decoder",
+    "Encoding",
+    "Extent",
+    "FileInfo",
+    "FlashError",
+    "FlashFormatError",
+    "FlashReadError",
+    "FlashWriteError",
+    "Manifest",
+    "StoredTensor",
+    "TensorInfo",
+    "UnsupportedError",
+]
