@@ -1,0 +1,89 @@
+"""Selectors that a file carries: low-rank predictors and low-bit gates (SPEC.md section "Predictors")."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from flashfmt import FlashModel, StoredTensor
+from reference_engine.backends import Backend, Matrix
+from reference_engine.selectors.protocol import F32, Ids, Selector
+
+
+class LowRankPredictor:
+    """The paper's predictor: neuron i is active when ``sigmoid(up[i] . (down . h) + bias[i]) > threshold``.
+
+    Parameters
+    ----------
+    down : [rank, d_model]. up : [n_neurons, rank]. bias : float32 [n_neurons] or None.
+    """
+
+    def __init__(self, down: Matrix, up: Matrix, bias: F32 | None, threshold: float, backend: Backend) -> None:
+        self._down = down
+        self._up = up
+        self._bias = bias
+        self._cut = _logit(threshold)  # sigmoid grows, so the cut is made on its argument
+        self._backend = backend
+
+    def scores(self, x: F32) -> F32:
+        """Arguments of the sigmoid, float32 [n_tokens, n_neurons]."""
+        return self._backend.matmul(self._up, self._backend.matmul(self._down, x), bias=self._bias)
+
+    def select(self, x: F32) -> Ids:
+        """Neurons whose probability exceeds the threshold for any token."""
+        return _any_token(self.scores(x) > self._cut)
+
+
+class LowBitGate:
+    """A low-bit copy of the gating projection: active when ``gate[i] . h > threshold``, or its size if not `signed`.
+
+    Parameters
+    ----------
+    gate : [n_neurons, d_model].
+    """
+
+    def __init__(self, gate: Matrix, threshold: float, backend: Backend, *, signed: bool) -> None:
+        self._gate = gate
+        self._cut = np.float32(threshold)
+        self._signed = signed
+        self._backend = backend
+
+    def scores(self, x: F32) -> F32:
+        """Approximate gate values, float32 [n_tokens, n_neurons]."""
+        return self._backend.matmul(self._gate, x)
+
+    def select(self, x: F32) -> Ids:
+        """Neurons whose score exceeds the threshold for any token."""
+        scores = self.scores(x)
+        return _any_token((scores if self._signed else np.abs(scores)) > self._cut)
+
+
+def selector_from_file(model: FlashModel, layer: int, backend: Backend) -> Selector | None:
+    """The selector that a file carries for a layer, or None."""
+    stored = model.predictor(layer)
+    if stored is None:
+        return None
+    predictor, tensors = stored
+    if predictor.kind == "low_rank":
+        bias = tensors["bias"].decode() if predictor.bias else None
+        down, up = _matrix(tensors["down"]), _matrix(tensors["up"])
+        return LowRankPredictor(down, up, bias, predictor.threshold, backend)
+    return LowBitGate(_matrix(tensors["gate"]), predictor.threshold, backend, signed=predictor.signed)
+
+
+def _matrix(tensor: StoredTensor) -> Matrix:
+    return Matrix(tensor.encoding, tensor.shape[0], tensor.shape[1], tensor.data)
+
+
+def _any_token(active: npt.NDArray[np.bool_]) -> Ids:
+    return np.flatnonzero(active.any(axis=0)).astype(np.int32)
+
+
+def _logit(probability: float) -> np.float32:
+    if probability <= 0:
+        return np.float32(-np.inf)
+    if probability >= 1:
+        return np.float32(np.inf)
+    return np.float32(math.log(probability / (1 - probability)))
