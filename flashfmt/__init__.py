@@ -12,6 +12,8 @@ from flashfmt.errors import (
     UnsupportedError,
 )
 from flashfmt.manifest import FORMAT_VERSION, Decoder, Manifest
+from flashfmt.reader import FlashModel
+from flashfmt.reader import open_model as open
 from flashfmt.rules import RULES
 from flashfmt.tensor import BundlesInfo, FileInfo, StoredTensor, TensorInfo
 
@@ -29,10 +31,12 @@ __all__ = [
     "FileInfo",
     "FlashError",
     "FlashFormatError",
+    "FlashModel",
     "FlashReadError",
     "FlashWriteError",
     "Manifest",
     "StoredTensor",
     "TensorInfo",
     "UnsupportedError",
+    "open",
 ]
