@@ -17,12 +17,13 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "FF-ZIP-1": "A `.flash` file is a ZIP archive whose first local file header stands at byte 0.",
         "FF-ZIP-2": "The file ends with the ZIP64 end record, the ZIP64 locator and the end record, adjacent in this "
         "order, without a comment, and nothing follows.",
-        "FF-ZIP-3": "The end records need version 45, describe one disk and agree with each other: a count, size or "
-        "offset in the end record is the ZIP64 value or all ones.",
+        "FF-ZIP-3": "The end records are made by 0x032D, need version 45, describe one disk and agree with each other: "
+        "a count, size or offset in the end record is the ZIP64 value or all ones.",
         "FF-ZIP-4": "The central directory ends where the ZIP64 end record begins and holds exactly the stated number "
         "of entries.",
         "FF-ZIP-5": "Every entry is STORED, unencrypted, of equal compressed and uncompressed size, with flags 0x0800, "
-        "version needed 45, DOS time 1980-01-01 00:00, disk 0, no comment, and is a regular file.",
+        "version needed 45, made by 0x032D, DOS time 1980-01-01 00:00, disk 0, no comment, internal attributes 0 and "
+        "external attributes 0o100644 << 16.",
         "FF-ZIP-6": "The extra data of a central entry is exactly one ZIP64 field of both sizes and the offset, and "
         "the three 32-bit fields are all ones.",
         "FF-ZIP-7": "An entry name is a key: 1 to 1024 ASCII bytes, segments of [a-z0-9_.-] separated by '/', no "

@@ -115,8 +115,9 @@ class _Validator:
         """The documents in order of what an error in them would hide: version, damage, manifest, arrays."""
         raw = self._raw_documents()
         root = parse_document(raw[DOCUMENT_NAME], path=self.path, where=DOCUMENT_NAME)
-        if isinstance(parse_node({**root, "attributes": {}}, path=self.path, key=DOCUMENT_NAME), ArrayDocument):
+        if root.get("node_type") == "array":
             self._fail("FF-ARR-1", DOCUMENT_NAME, "the root is not a group", "group", "array")
+        parse_node({**root, "attributes": {}}, path=self.path, key=DOCUMENT_NAME)
         manifest_members = manifest_object(root, self.path)
         check_version(manifest_members, self.path)
         self._check_metadata_checksum(raw, manifest_members.get("metadata_crc32c"))

@@ -47,8 +47,8 @@ ZIP64_FIELD: Final = 0x0001
 ALIGNMENT_FIELD: Final = 0xD935
 ALL_ONES_16: Final = 0xFFFF
 ALL_ONES_32: Final = 0xFFFFFFFF
-REGULAR_FILE_TYPES: Final = (0, 0o10)  # upper four bits of the mode: not stated, regular file
-DOS_DIRECTORY: Final = 0x10
+MADE_BY: Final = 0x032D  # Unix, version 4.5
+FILE_ATTRIBUTES: Final = 0o100644 << 16
 
 _LOCAL: Final = Struct("<IHHHHHIIIHH")
 _LOCAL_ZIP64: Final = Struct("<HHQQ")
@@ -59,6 +59,10 @@ _END64: Final = Struct("<IQHHIIQQQQ")
 _LOCATOR: Final = Struct("<IIQI")
 _END: Final = Struct("<IHHHHIIH")
 _TAIL_NBYTES: Final = _END64.size + _LOCATOR.size + _END.size
+# Versions made by and needed, flags, method, time, date; then comment size, disk, internal and external attributes.
+_PLAIN_ENTRY: Final = (MADE_BY, VERSION_NEEDED, UTF8_FLAG, 0, 0, DOS_DATE, 0, 0, 0, FILE_ATTRIBUTES)
+# Versions made by and needed, four disk numbers with the number of disks between them.
+_PLAIN_END: Final = (MADE_BY, VERSION_NEEDED, 0, 0, 0, 1, 0, 0)
 _MAX_EXTRA: Final = 0xFFFF
 
 
@@ -184,8 +188,9 @@ class _Parser:
             raise FlashFormatError(message, path=self.path, rule="FF-ZIP-2", where=at)
         if end64[1] != _END64.size - 12 or locator[2] != at:
             self._fail("FF-ZIP-2", at, "the ZIP64 end record is not where the locator says", at, locator[2])
-        if (end64[3], end64[4], end64[5], locator[1], locator[3], end[1], end[2]) != (VERSION_NEEDED, 0, 0, 0, 1, 0, 0):
-            raise FlashFormatError("the end records describe several disks", path=self.path, rule="FF-ZIP-3", where=at)
+        found = (*end64[2:6], locator[1], locator[3], end[1], end[2])
+        if found != _PLAIN_END:
+            self._fail("FF-ZIP-3", at, "the end records have other versions, or several disks", _PLAIN_END, found)
         _, _, _, _, _, _, n_on_disk, n_entries, nbytes, start = end64
         small = ((end[3], n_on_disk, ALL_ONES_16), (end[4], n_entries, ALL_ONES_16))
         large = ((end[5], nbytes, ALL_ONES_32), (end[6], start, ALL_ONES_32))
@@ -210,15 +215,12 @@ class _Parser:
             if position + fixed > len(directory):
                 self._fail("FF-ZIP-4", at, "the central directory is cut short", f"{n_entries} entries", len(names))
             record = _CENTRAL.unpack_from(directory, position)
-            (signature, _, needed, flags, method, time, date, crc32, packed, size, n_name, n_extra) = record[:12]
-            n_comment, disk, _, attributes, offset = record[12:]
+            signature, *form, crc32, packed, size, n_name, n_extra, n_comment, disk, internal, external, offset = record
             if signature != CENTRAL_SIGNATURE or position + fixed + n_name + n_extra + n_comment > len(directory):
                 self._fail("FF-ZIP-4", at, "no central directory entry here", f"{n_entries} entries", len(names))
-            found = (needed, flags, method, time, date, n_comment, disk)
-            if found != (VERSION_NEEDED, UTF8_FLAG, 0, 0, DOS_DATE, 0, 0) or not _is_regular(attributes):
-                self._fail(
-                    "FF-ZIP-5", at, "an entry is not plainly stored", (45, UTF8_FLAG, 0, 0, DOS_DATE, 0, 0), found
-                )
+            found = (*form, n_comment, disk, internal, external)
+            if found != _PLAIN_ENTRY:
+                self._fail("FF-ZIP-5", at, "an entry is not plainly stored", _PLAIN_ENTRY, found)
             name = directory[position + fixed : position + fixed + n_name]
             extra = directory[position + fixed + n_name : position + fixed + n_name + n_extra]
             if n_extra != _CENTRAL_ZIP64.size or (packed, size, offset) != (ALL_ONES_32,) * 3:
@@ -317,7 +319,3 @@ class _Parser:
 
     def _fail(self, rule: str, where: int, message: str, expected: object, actual: object) -> NoReturn:
         raise FlashFormatError(message, path=self.path, rule=rule, where=where, expected=expected, actual=actual)
-
-
-def _is_regular(attributes: int) -> bool:
-    return not attributes & DOS_DIRECTORY and attributes >> 28 in REGULAR_FILE_TYPES
