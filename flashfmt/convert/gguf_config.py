@@ -164,10 +164,10 @@ def _rope_scaling(m: _Metadata, rope_factors: list[float] | None) -> dict[str, A
         }
     if kind == "none":
         return None
+    if kind not in ("linear", "yarn"):
+        m.refuse("rope.scaling.type", "unknown kind of scaling", "none, linear or yarn")
     factor = m.number("rope.scaling.factor", m.find("rope.scale_linear"))
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
-    if kind != "yarn":
-        m.refuse("rope.scaling.type", "unknown kind of scaling", "none, linear or yarn")
     original = m.count("rope.scaling.original_context_length", m.count("context_length"))
     return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
