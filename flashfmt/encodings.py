@@ -128,10 +128,10 @@ def encode(weights: Array, encoding: Encoding) -> Array:
     Raises
     ------
     ValueError
-        If values do not fit the encoding: not finite, or beyond float16.
+        If values do not fit the encoding: not finite, or beyond its range.
     """
     if encoding is Encoding.F32:
-        return weights.astype("<f4", copy=False)
+        return _finite(weights).astype("<f4", copy=False)
     if encoding is Encoding.F16:
         return _to_f16(weights)
     rows = weights.astype(np.float32, copy=False)
@@ -181,21 +181,23 @@ def scales(stored: Array, layout: PartLayout) -> F32Array:
 
 def _to_f16(weights: Array) -> Array:
     if weights.dtype == np.float16:
-        return weights.astype("<f2", copy=False)
+        return _finite(weights).astype("<f2", copy=False)
     with np.errstate(over="ignore"):
         half = weights.astype("<f2")
     if not np.isfinite(half).all():
-        if not np.isfinite(weights).all():
-            raise ValueError("values are not finite")
-        raise ValueError(f"values up to {np.abs(weights).max():.6g} are beyond float16 (65504); use bf16 or f32")
+        raise ValueError(
+            f"values up to {np.abs(_finite(weights)).max():.6g} are beyond float16 (65504); use bf16 or f32"
+        )
     return half
 
 
 def _to_bf16(rows: F32Array) -> Array:
-    bits = np.ascontiguousarray(rows).view(np.uint32)
+    bits = np.ascontiguousarray(_finite(rows)).view(np.uint32)
     rounding = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # to nearest, ties to even
-    rounded = (bits + rounding) >> np.uint32(16)
-    return rounded.astype("<u2")
+    rounded = ((bits + rounding) >> np.uint32(16)).astype("<u2")
+    if ((rounded & 0x7F80) == 0x7F80).any():
+        raise ValueError(f"values up to {np.abs(rows).max():.6g} are beyond bfloat16; use f32")
+    return rounded
 
 
 def _encode_q8(rows: F32Array) -> Array:
@@ -242,6 +244,12 @@ def _decode_q4(stored: Array, layout: PartLayout) -> F32Array:
     centred = nibbles.reshape(*stored.shape[:-1], n // Q4_GROUP, Q4_GROUP).astype(np.float32) - np.float32(8)
     decoded: F32Array = (centred * scales(stored, layout)[..., None]).reshape(*stored.shape[:-1], n)
     return decoded
+
+
+def _finite(weights: Array) -> Array:
+    if not np.isfinite(weights).all():
+        raise ValueError("values are not finite")
+    return weights
 
 
 def _finite_absmax(rows: F32Array) -> F32Array:
