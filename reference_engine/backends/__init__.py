@@ -5,6 +5,7 @@ Knows: which backends there are. Does not know: how they compute. numba is impor
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal
 
 from reference_engine.backends.numpy_backend import NumpyBackend
@@ -16,7 +17,7 @@ __all__ = ["FFN_BLOCK_NEURONS", "Backend", "BackendName", "FfnShape", "Matrix", 
 
 
 def load_backend(name: BackendName = "auto", n_threads: int | None = None) -> Backend:
-    """Load a backend.
+    """Load a backend. The first numba backend of an installation takes half a minute to compile, in a child process.
 
     Parameters
     ----------
@@ -35,4 +36,11 @@ def load_backend(name: BackendName = "auto", n_threads: int | None = None) -> Ba
         raise ValueError(f"at least one thread is needed, not {n_threads}")
     if name not in ("auto", "numba", "numpy"):
         raise ValueError(f"unknown backend {name!r}: auto, numba or numpy")
-    return NumpyBackend()
+    if name == "numpy" or (name == "auto" and importlib.util.find_spec("numba") is None):
+        return NumpyBackend()
+    from reference_engine.backends.warm_up import warm_up
+
+    warm_up()
+    from reference_engine.backends.numba_backend import NumbaBackend
+
+    return NumbaBackend(n_threads)

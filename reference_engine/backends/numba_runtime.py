@@ -1,0 +1,134 @@
+"""Where compiled kernels are kept, and which threads run them.
+
+Kernels live in a per-user cache directory of their own for each combination of interpreter, numba, processor and
+kernel source, so that a stale or foreign kernel is never loaded. A file in it says that all kernels are there.
+
+numba's threads: OpenMP where its library can be loaded (a parallel region costs about 2 us), else numba's own queue
+(80 us, and only one thread may call). Either way a process must not fork after its first parallel region: start
+children with `subprocess` or multiprocessing's ``spawn``.
+
+Knows: directories and thread layers. Does not know: kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+import numba
+
+config: Any = numba.config  # its settings are made at run time
+
+_COMPLETE = "complete"
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@cache
+def kernel_directory() -> Path:
+    """Directory for this process's kernels, created: ``flashfmt/kernels-*`` below a base directory.
+
+    The base is `NUMBA_CACHE_DIR` or the user's cache directory; where neither can be written, a new temporary
+    directory, which serves this process and its children.
+    """
+    below = Path("flashfmt") / f"kernels-{_fingerprint()}"
+    for base in _cache_bases():
+        if _is_private_and_writable(base / below):
+            return base / below
+    directory = Path(tempfile.mkdtemp(prefix="flashfmt-")) / below
+    directory.mkdir(parents=True)
+    return directory
+
+
+def are_kernels_cached() -> bool:
+    """Whether all kernels are in `kernel_directory`."""
+    return (kernel_directory() / _COMPLETE).is_file()
+
+
+def note_kernels_cached() -> None:
+    """Record that all kernels are in `kernel_directory`."""
+    (kernel_directory() / _COMPLETE).touch()
+
+
+@contextmanager
+def kernels_kept() -> Iterator[None]:
+    """Functions that numba wraps inside are cached in `kernel_directory`; those of others stay where they were."""
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(kernel_directory())
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+def choose_threading_layer() -> None:
+    """Have numba use OpenMP if it can be loaded, else its own queue; no effect once its threads have started."""
+    try:
+        importlib.import_module("numba.np.ufunc.omppool")
+    except ImportError:
+        config.THREADING_LAYER = "workqueue"
+    else:
+        config.THREADING_LAYER = "omp"
+
+
+def _fingerprint() -> str:
+    """Digest of everything that compiled code depends on."""
+    digest = hashlib.sha256()
+    versions = (sys.version, numba.__version__, llvmlite.__version__, llvm.get_process_triple())
+    features = llvm.get_host_cpu_features().flatten()
+    for text in (*versions, llvm.get_host_cpu_name(), features):
+        digest.update(text.encode() + b"\0")
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cache_bases() -> Iterator[Path]:
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    if chosen:
+        yield Path(chosen)
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    if Path(xdg).is_absolute():
+        yield Path(xdg)
+    elif sys.platform == "darwin":
+        yield Path(os.path.expanduser("~/Library/Caches"))
+    elif sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
+        yield Path(os.environ["LOCALAPPDATA"])
+    else:
+        yield Path(os.path.expanduser("~/.cache"))
+
+
+def _is_private_and_writable(directory: Path) -> bool:
+    """Create a directory if need be; whether it is ours, closed to writers other than us, and takes files.
+
+    Cached kernels are code: nobody else may be able to plant them.
+    """
+    try:
+        if not directory.is_absolute():
+            return False
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            return False
+        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+            return False
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,184 @@
+"""Vector instructions for numba kernels: loads, multiply-adds, sums and prefetches, as LLVM code.
+
+numba's loops do not always vectorise, and never prefetch; kernels therefore write their innermost loops as vector
+code, which LLVM turns into whatever the host has (AVX-512, AVX2, NEON). No compiler is needed on the user's machine.
+
+Sums are never reassociated: every addition has its place in the code, so that a result depends on the operands
+alone. Addresses are 64-bit integers, offsets bytes.
+
+Knows: LLVM's instructions. Does not know: encodings, matrices, threads.
+"""
+
+# ruff: noqa: PLR0917 (kernels and vector code take plain scalars, in order)
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Final, cast
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils as _cgutils
+from numba.extending import intrinsic
+
+from reference_engine.backends.numba_runtime import kernels_kept
+
+Builder = Any
+Value = Any
+Emit = Callable[..., Value | None]
+
+LANES: Final = 16
+
+cgutils: Any = _cgutils  # numba annotates little of it
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+HALF, FLOAT = ir.HalfType(), ir.FloatType()
+
+HOST_FEATURES: Final = llvm.get_host_cpu_features()
+HAS_WIDE_REGISTERS: Final = bool(HOST_FEATURES.get("avx512f", False))
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """`njit` with the disk cache and without the GIL; no fast-math, which would let the compiler reorder sums."""
+    with kernels_kept():
+        return njit(cache=True, nogil=True, error_model="numpy")(function)
+
+
+def compiled_parallel(function: Callable[..., Any]) -> Any:
+    """`compiled`, with `prange` loops spread over threads."""
+    with kernels_kept():
+        return njit(cache=True, nogil=True, error_model="numpy", parallel=True)(function)
+
+
+def vector_code(result: Any = types.void) -> Callable[[Emit], Any]:
+    """Turn ``emit(builder, tag, *integers)`` into ``f(tag, *integers)``, callable in kernels.
+
+    `tag` is a scalar whose numba type, handed to `emit`, selects the code; its value is unused. The other arguments are
+    int64. `emit` returns an LLVM value unless the result is void.
+    """
+
+    def decorate(emit: Emit) -> Any:
+        names = list(inspect.signature(emit).parameters)[2:]
+
+        def typed(_typing_context: Any, tag: Any, *_: Any) -> tuple[Any, Emit]:
+            def generate(context: Any, builder: Builder, _signature: Any, values: Sequence[Value]) -> Value:
+                emitted = emit(builder, tag, *values[1:])
+                return context.get_dummy_value() if result is types.void else emitted
+
+            return result(tag, *[types.int64] * len(names)), generate
+
+        parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("context", "tag", *names)]
+        typed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        typed.__name__ = emit.__name__
+        return intrinsic(typed)
+
+    return decorate
+
+
+def vector(element: Any, lanes: int) -> Any:
+    """LLVM type of a vector."""
+    return ir.VectorType(element, lanes)
+
+
+def integer(value: int) -> Value:
+    """Constant of 64 bits."""
+    return ir.Constant(I64, value)
+
+
+def splat(element: Any, value: float, lanes: int) -> Value:
+    """Constant vector of equal elements."""
+    return ir.Constant(vector(element, lanes), [value] * lanes)
+
+
+def pointer(b: Builder, address: Value, element: Any) -> Value:
+    """Address as a pointer."""
+    return b.inttoptr(address, element.as_pointer())
+
+
+def load(b: Builder, address: Value, element: Any, lanes: int) -> Value:
+    """Load a vector from any address."""
+    return b.load(pointer(b, address, vector(element, lanes)), align=1)
+
+
+def load_scalar(b: Builder, address: Value, element: Any) -> Value:
+    """Load one element from any address."""
+    return b.load(pointer(b, address, element), align=1)
+
+
+def store(b: Builder, value: Value, address: Value) -> None:
+    """Store a scalar or vector at any address."""
+    b.store(value, pointer(b, address, value.type), align=1)
+
+
+def broadcast(b: Builder, scalar: Value, lanes: int) -> Value:
+    """Vector with every element equal to a scalar."""
+    undefined = ir.Constant(vector(scalar.type, lanes), ir.Undefined)
+    first = b.insert_element(undefined, scalar, ir.Constant(I32, 0))
+    return b.shuffle_vector(first, undefined, splat(I32, 0, lanes))
+
+
+def shuffle(b: Builder, first: Value, second: Value, order: Sequence[int]) -> Value:
+    """Elements `order` of two vectors laid end to end."""
+    return b.shuffle_vector(first, second, ir.Constant(vector(I32, len(order)), list(order)))
+
+
+def multiply_add(b: Builder, x: Value, y: Value, z: Value) -> Value:
+    """x * y + z, fused where the host can; always in this place of the sum."""
+    kind = f"v{x.type.count}f32" if isinstance(x.type, ir.VectorType) else "f32"
+    function_type = ir.FunctionType(x.type, [x.type] * 3)
+    return b.call(cgutils.get_or_insert_function(b.module, function_type, f"llvm.fmuladd.{kind}"), [x, y, z])
+
+
+def unary(b: Builder, name: str, x: Value) -> Value:
+    """Call an LLVM intrinsic of one float vector, such as ``floor``."""
+    function_type = ir.FunctionType(x.type, [x.type])
+    return b.call(cgutils.get_or_insert_function(b.module, function_type, f"llvm.{name}.v{x.type.count}f32"), [x])
+
+
+def horizontal_sum(b: Builder, value: Value) -> Value:
+    """Sum of the elements, always by halves, so that equal vectors have equal sums wherever they appear."""
+    while (lanes := value.type.count) > 1:
+        low = shuffle(b, value, value, range(lanes // 2))
+        high = shuffle(b, value, value, range(lanes // 2, lanes))
+        value = b.fadd(low, high)
+    return b.extract_element(value, ir.Constant(I32, 0))
+
+
+def variable(b: Builder, initial: Value) -> Value:
+    """Stack slot that LLVM turns into a register."""
+    return cgutils.alloca_once_value(b, initial)
+
+
+def loop(b: Builder, start: Value, stop: Value, step: int) -> AbstractContextManager[tuple[Value, Value]]:
+    """``for i in range(start, stop, step)``; the first of the pair is i."""
+    return cast(
+        AbstractContextManager[tuple[Value, Value]],
+        cgutils.for_range_slice(b, start, stop, integer(step), intp=I64),
+    )
+
+
+def round_down(b: Builder, value: Value, multiple: int) -> Value:
+    """Largest multiple (a power of two) that is not above a value."""
+    return b.and_(value, integer(-multiple))
+
+
+def prefetch(b: Builder, address: Value) -> None:
+    """Ask for the cache line at an address; any address is harmless."""
+    function_type = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    function = cgutils.get_or_insert_function(b.module, function_type, "llvm.prefetch.p0")
+    read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+    b.call(function, [pointer(b, address, I8), read, keep, data])
+
+
+def prefetch_ahead(
+    b: Builder, row: Value, next_row: Value, offset: Value, begin: Value, end: Value, *, distance: int, n_lines: int = 1
+) -> None:
+    """Prefetch `distance` bytes ahead of `offset` in a row read from `begin` to `end`, then on in the next row."""
+    ahead = b.add(offset, integer(distance))
+    wrapped = b.add(next_row, b.sub(begin, end))
+    base = b.select(b.icmp_signed(">=", ahead, end), wrapped, row)
+    for line in range(n_lines):
+        prefetch(b, b.add(base, b.add(ahead, integer(64 * line))))

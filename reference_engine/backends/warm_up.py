@@ -1,0 +1,55 @@
+"""Compiling the kernels ahead of use, in a process of its own: ``python -m reference_engine.backends.warm_up``.
+
+A compiler takes hundreds of megabytes that the process which runs the model must not hold; kernels read from the
+disk cache take little.
+
+Knows: how to start the child. Does not know: kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+_TIMEOUT_SECONDS = 900
+
+
+def warm_up() -> bool:
+    """Have a child process compile all kernels unless they are in the disk cache.
+
+    Returns
+    -------
+    Whether they are in the cache now. If not (the child failed, or processes cannot be started), numba compiles each
+    kernel in this process when it is first called.
+    """
+    from reference_engine.backends.numba_runtime import are_kernels_cached, kernel_directory
+
+    if are_kernels_cached():
+        return True
+    root = str(Path(__file__).parents[2])
+    inherited = os.environ.get("PYTHONPATH")
+    environment = os.environ | {
+        "NUMBA_CACHE_DIR": str(kernel_directory().parents[1]),
+        "PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root]),
+    }
+    command = [sys.executable, "-m", "reference_engine.backends.warm_up"]
+    try:
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=_TIMEOUT_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return are_kernels_cached()
+
+
+def main() -> None:
+    """Compile all kernels in this process and record that they are cached."""
+    from reference_engine.backends.numba_backend import compile_kernels
+    from reference_engine.backends.numba_runtime import note_kernels_cached
+
+    compile_kernels()
+    note_kernels_cached()
+
+
+if __name__ == "__main__":
+    main()

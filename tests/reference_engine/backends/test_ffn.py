@@ -1,0 +1,151 @@
+"""`ffn` of every backend against float64, and the promise that the same bits come out however the work is cut."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flashfmt.encodings import Encoding
+from flashfmt.manifest import Activation, ActivationKind
+
+FEW = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SILU, RELU = Activation(kind="silu"), Activation(kind="relu")
+
+
+@FEW
+@given(
+    n_rows=st.integers(1, 200), units=st.integers(1, 5), width=st.integers(1, 300),
+    n_tokens=st.sampled_from([1, 1, 2, 9, 33]),
+    gated=st.booleans(), by_slots=st.booleans(), with_bias=st.booleans(), seed=st.integers(0, 99), data=st.data(),
+)  # fmt: skip
+def test_matches_float64(
+    backend,
+    oracle,
+    weights,
+    relative_error,
+    encoding,
+    n_rows,
+    units,
+    width,
+    n_tokens,
+    gated,
+    by_slots,
+    with_bias,
+    seed,
+    data,
+):
+    source = weights(seed)
+    d_model = 64 * units if encoding.is_quantised else width
+    activation = SILU if gated else RELU
+    shape, rows, bundles = source.bundles(encoding, n_rows, d_model, activation, gated=gated)
+    slots = None
+    if by_slots:
+        slots = source.rng.integers(0, n_rows, data.draw(st.integers(0, 150))).astype(np.int32)
+        bundles = bundles[slots]
+    n = len(bundles)
+    up_bias, gate_bias = (source.normal(n) for _ in range(2)) if with_bias else (None, None)
+    x = source.normal(n_tokens, d_model)
+    start = source.normal(n_tokens, d_model)
+    out = start.copy()
+    backend.ffn(shape, rows, slots, x, out, up_bias=up_bias, gate_bias=gate_bias if gated else None)
+    expected = start + oracle.ffn(shape, bundles, x, up_bias, gate_bias)
+    assert relative_error(out, expected) <= 2e-5
+
+
+@pytest.mark.parametrize("kind", get_args(ActivationKind))
+@pytest.mark.parametrize("n_tokens", [1, 5])
+def test_activations(backend, oracle, weights, relative_error, kind, n_tokens):
+    source = weights(7)
+    activation = Activation(kind=kind, threshold=0.25 if kind == "fatrelu" else 0.0)
+    shape, rows, bundles = source.bundles(Encoding.F32, 70, 32, activation, gated=False)
+    x = 20 * source.normal(n_tokens, 32)
+    out = np.zeros((n_tokens, 32), np.float32)
+    backend.ffn(shape, rows, None, x, out)
+    assert relative_error(out, oracle.ffn(shape, bundles, x)) <= 2e-6
+
+
+def test_up_activation(backend, oracle, weights, relative_error):
+    source = weights(8)
+    shape, rows, bundles = source.bundles(Encoding.F16, 70, 48, RELU)
+    shape = type(shape)(
+        shape.encoding, shape.parts, shape.d_model, shape.part, shape.stride, RELU, Activation(kind="relu2")
+    )
+    for n_tokens in (1, 20):
+        x = source.normal(n_tokens, 48)
+        out = np.zeros((n_tokens, 48), np.float32)
+        backend.ffn(shape, rows, None, x, out)
+        assert relative_error(out, oracle.ffn(shape, bundles, x)) <= 2e-6
+
+
+def test_error_of_a_wide_layer(backend, oracle, weights, relative_error, encoding):
+    source = weights(9)
+    shape, rows, bundles = source.bundles(encoding, 512, 2048, SILU)
+    for n_tokens in (1, 16):
+        for outlier in (1, 40):
+            x = source.normal(n_tokens, 2048)
+            x[:, 100] *= outlier
+            out = np.zeros((n_tokens, 2048), np.float32)
+            backend.ffn(shape, rows, None, x, out)
+            assert relative_error(out, oracle.ffn(shape, bundles, x)) <= 1e-5
+
+
+@pytest.mark.parametrize("activation", [SILU, RELU], ids=["silu", "relu"])
+@pytest.mark.parametrize("n_tokens", [1, 11])
+def test_same_bits_however_cut(backend, numba_backends, weights, encoding, activation, n_tokens):
+    """Blocks of any multiple of 64 bundles, in place or scattered over slots of another array, one thread or two."""
+    source = weights(10)
+    d_model = 192 if encoding.is_quantised else 200
+    shape, rows, _ = source.bundles(encoding, 300, d_model, activation)
+    up_bias, gate_bias = source.normal(300), source.normal(300)
+    x = source.normal(n_tokens, d_model)
+    start = source.normal(n_tokens, d_model)
+
+    whole = start.copy()
+    backend.ffn(shape, rows, None, x, whole, up_bias=up_bias, gate_bias=gate_bias)
+    for block in (64, 128, 192):
+        for scattered in (False, True):
+            out = start.copy()
+            for first in range(0, 300, block):
+                part = slice(first, min(first + block, 300))
+                taken, slots = rows[part], None
+                if scattered:
+                    slots = source.rng.permutation(400)[: len(taken)].astype(np.int32)
+                    ring = np.full((400, shape.stride), 0xFF, np.uint8)
+                    ring[slots] = taken
+                    taken = ring
+                backend.ffn(shape, taken, slots, x, out, up_bias=up_bias[part], gate_bias=gate_bias[part])
+            assert np.array_equal(out, whole)
+
+    results = []
+    for other in numba_backends:
+        out = start.copy()
+        other.ffn(shape, rows, None, x, out, up_bias=up_bias, gate_bias=gate_bias)
+        results.append(out)
+    assert np.array_equal(*results)
+
+
+def test_a_token_does_not_depend_on_the_others(numba_backends, weights, encoding):
+    source = weights(11)
+    shape, rows, _ = source.bundles(encoding, 100, 128, SILU)
+    x = source.normal(40, 128)
+    whole, part = np.zeros((40, 128), np.float32), np.zeros((3, 128), np.float32)
+    numba_backends[1].ffn(shape, rows, None, x, whole)
+    numba_backends[1].ffn(shape, rows, None, x[20:23], part)
+    assert np.array_equal(part, whole[20:23])
+
+
+def test_no_bundles_add_nothing(backend, weights):
+    shape, rows, _ = weights(12).bundles(Encoding.F32, 4, 16, RELU)
+    out = np.ones((1, 16), np.float32)
+    backend.ffn(shape, rows, np.zeros(0, np.int32), np.ones((1, 16), np.float32), out)
+    assert np.array_equal(out, np.ones((1, 16)))
+
+
+def test_slots_are_checked(backend, weights):
+    shape, rows, _ = weights(13).bundles(Encoding.F32, 4, 16, RELU)
+    x, out = np.ones((1, 16), np.float32), np.zeros((1, 16), np.float32)
+    for slot in (-1, 4):
+        with pytest.raises(IndexError):
+            backend.ffn(shape, rows, np.array([0, slot], np.int32), x, out)
