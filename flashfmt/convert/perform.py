@@ -26,7 +26,7 @@ from flashfmt.writer import FlashWriter
 
 READ_AHEAD_BYTES: Final = 128 << 20
 _ROWS_NBYTES: Final = 16 << 20
-_BLOCK_NBYTES: Final = 8 << 20
+_BLOCK_NBYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)

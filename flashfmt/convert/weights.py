@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from flashfmt.convert.checkpoint import Array, SourceTensor
-from flashfmt.encodings import Encoding, decode, encode
+from flashfmt.encodings import Encoding, decode, encode, part_layout
 from flashfmt.errors import CheckpointError
 
 _EXPONENT_MASKS: Final[dict[Encoding, np.uint16 | np.uint32]] = {
@@ -93,8 +93,14 @@ def interleave(
     down : the whole down matrix [d_model, d_ff]; its columns from `start` become the last part.
     """
     n, d_model = rows[0][1].data.shape
-    columns = np.empty((n, d_model), down.data.dtype)
-    transpose_columns(down.data, start, start + n, columns)
-    parts = [encode_rows(tensor, encoding, name) for name, tensor in rows]
-    parts.append(encode_rows(SourceTensor(down.encoding, columns), encoding, down_name))
-    return np.stack(parts, axis=1)
+    length = part_layout(encoding, d_model).storage_length
+    out = np.empty((n, len(rows) + 1, length), encoding.storage_dtype)
+    for i, (name, tensor) in enumerate(rows):
+        out[:, i] = encode_rows(tensor, encoding, name)
+    if down.encoding is encoding:
+        transpose_columns(down.data, start, start + n, out[:, -1])
+    else:
+        columns = np.empty((n, d_model), down.data.dtype)
+        transpose_columns(down.data, start, start + n, columns)
+        out[:, -1] = encode_rows(SourceTensor(down.encoding, columns), encoding, down_name)
+    return out
