@@ -106,9 +106,13 @@ class DirectoryContainer:
         """Size of every file, by key."""
         sizes: dict[str, int] = {}
         pending = [""]
+        n_entries = 0
         while pending:
             prefix = pending.pop()
             names = self._names(self.path / prefix)
+            n_entries += len(names)
+            if n_entries > MAX_ENTRIES:
+                raise FlashFormatError("too many entries", path=self.path, rule="FF-LIM-1")
             if not names:
                 self._refuse(prefix, "an empty directory")
             for name in names:
@@ -120,8 +124,6 @@ class DirectoryContainer:
                     pending.append(key)
                 else:
                     sizes[key] = size
-                if len(sizes) + len(pending) > MAX_ENTRIES:
-                    raise FlashFormatError("too many entries", path=self.path, rule="FF-LIM-1")
         return sizes
 
     def _size_or_directory(self, key: str) -> int | None:

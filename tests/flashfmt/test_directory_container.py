@@ -5,6 +5,7 @@ import os
 import pytest
 
 import flashfmt
+from flashfmt import directory_container
 from flashfmt.container import read_bytes
 from flashfmt.directory_container import DirectoryContainer
 
@@ -54,6 +55,16 @@ def test_a_broken_rule_is_named(model, tmp_path, rule, change):
         flashfmt.open(path)
     assert caught.value.rule == rule, str(caught.value)
     str(caught.value).encode()  # can be printed whatever the names are
+
+
+def test_files_and_directories_are_counted(model, tmp_path, monkeypatch):
+    path = model.write_directory(tmp_path / "tiny")
+    monkeypatch.setattr(directory_container, "MAX_ENTRIES", len(list(path.rglob("*"))))
+    DirectoryContainer(path).close()
+    monkeypatch.setattr(directory_container, "MAX_ENTRIES", len(list(path.rglob("*"))) - 1)
+    with pytest.raises(flashfmt.FlashFormatError) as caught:
+        DirectoryContainer(path)
+    assert caught.value.rule == "FF-LIM-1"
 
 
 def test_documents_come_first(model, tmp_path):
