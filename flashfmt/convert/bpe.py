@@ -110,13 +110,15 @@ def tokenizer_from_bpe_files(path: Path) -> bytes:
     Special tokens come from special_tokens_map.json, and the start token from tokenizer_config.json's `add_bos_token`.
     """
     vocabulary = parse_json_object(read_limited(path / "vocab.json"), path / "vocab.json")
+    if not all(type(token_id) is int for token_id in vocabulary.values()):
+        raise CheckpointError("token ids are not integers", path=path / "vocab.json")
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     if [vocabulary[token] for token in tokens] != list(range(len(tokens))):
         raise CheckpointError("token ids are not 0, 1, 2, ...", path=path / "vocab.json")
-    lines = read_limited(path / "merges.txt").decode().split("\n")
+    lines = read_limited(path / "merges.txt").decode(errors="replace").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    if any(len(pair) != 2 for pair in merges):
-        raise CheckpointError("a line is not two pieces", path=path / "merges.txt")
+    if any(len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys() for pair in merges):
+        raise CheckpointError("a line is not two known pieces that make a third", path=path / "merges.txt")
     options, special = (
         parse_json_object(read_limited(path / name), path / name) if (path / name).is_file() else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json")

@@ -5,13 +5,15 @@ Knows: how a config value is looked up and refused. Does not know: what a value 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from flashfmt.errors import CheckpointError
+from flashfmt.layout import MAX_DIMENSION
 from flashfmt.manifest import Activation, ActivationKind
+
+MAX_NUMBER: Final = 3.4e38
 
 _ACTIVATIONS: Mapping[str, ActivationKind] = {
     "relu": "relu",
@@ -57,6 +59,14 @@ class Config:
         self.values = values
         self.path = path
 
+    @property
+    def architecture(self) -> str:
+        """The model class that the config names first, or else its model type."""
+        named = self.values.get("architectures")
+        if isinstance(named, list) and named and isinstance(named[0], str):
+            return named[0]
+        return self.text("model_type")
+
     def refuse(self, key: str, reason: str, *, expected: object = "a supported value") -> NoReturn:
         """Raise CheckpointError for a key's value."""
         raise CheckpointError(reason, path=self.path, where=key, expected=expected, actual=repr(self.values.get(key)))
@@ -65,19 +75,26 @@ class Config:
         """Whether the key is present and not null."""
         return self.values.get(key) is not None
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
+    def count(self, key: str, default: int | None = None, limit: int = MAX_DIMENSION) -> int:
+        """A positive integer, at most `limit`."""
         value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.refuse(key, "not a positive integer", expected="an integer >= 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+            self.refuse(key, "not a positive integer within the format's limit", expected=f"an integer in 1..{limit}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
         value = self._value(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            self.refuse(key, "not a finite number", expected="a number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MAX_NUMBER:
+            self.refuse(key, "not a number, or beyond float32", expected="a number")
         return float(value)
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        value = self.number(key, default)
+        if value <= 0:
+            self.refuse(key, "not a positive number", expected="a number > 0")
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false; null counts as absent."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from flashfmt.convert.config import Config
 from flashfmt.convert.rotary import MAIN_TABLE, rotary_table
 from flashfmt.convert.translation import FfnSources, TensorMap
+from flashfmt.layout import MAX_LAYERS
 from flashfmt.manifest import (
     Activation,
     Attention,
@@ -63,7 +64,7 @@ def describe(config: Config) -> Decoder:
     _refuse_foreign_code(config)
     n_heads, head_dim = config.count("num_attention_heads"), _head_dim(config, variant)
     n_kv_heads = _kv_heads(config, n_heads)
-    norm = Norm(kind="rms_norm", eps=config.number("rms_norm_eps", 1e-6))
+    norm = Norm(kind="rms_norm", eps=config.positive("rms_norm_eps", 1e-6))
     attention_bias = config.flag("attention_bias", False)
     if variant.qkv_bias is not None and attention_bias and not variant.qkv_bias:
         config.refuse("attention_bias", "this architecture has no attention biases", expected="false")
@@ -132,8 +133,7 @@ def _arrays(decoder: Decoder, prefix: str) -> Iterator[tuple[str, str]]:
 
 def _refuse_foreign_code(config: Config) -> None:
     """Refuse checkpoints whose arithmetic lives in code of their own, unless it is code this file describes."""
-    architectures = config.values.get("architectures") or ()
-    sparse = config.text("model_type") == "sparsellama" or _SPARSE_ARCHITECTURE in architectures
+    sparse = config.text("model_type") == "sparsellama" or config.architecture == _SPARSE_ARCHITECTURE
     if sparse and config.text("hidden_act") not in ("relu", "fatrelu"):
         config.refuse("hidden_act", f"{_SPARSE_ARCHITECTURE} is known with ReLU only", expected="relu or fatrelu")
     if config.has("auto_map") and not sparse and config.text("model_type") != "bamboo":
@@ -190,9 +190,7 @@ def _feed_forward(config: Config, variant: _Variant) -> FeedForward:
 
 
 def _layers(config: Config, variant: _Variant) -> tuple[Layer, ...]:
-    n_layers = config.count("num_hidden_layers")
-    if n_layers > 10_000:
-        config.refuse("num_hidden_layers", "too many layers", expected="at most 10000")
+    n_layers = config.count("num_hidden_layers", limit=MAX_LAYERS)
     rotated = _rotated(config, n_layers)
     return tuple(
         Layer(rotary=MAIN_TABLE if rotates else None, attention_window_tokens=window)

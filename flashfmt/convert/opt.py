@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 
 from flashfmt.convert.config import Config
 from flashfmt.convert.translation import FfnSources, TensorMap
+from flashfmt.layout import MAX_LAYERS
 from flashfmt.manifest import (
     Attention,
     Block,
@@ -62,7 +63,7 @@ def describe(config: Config) -> Decoder:
             down_bias=bias,
         ),
         logits=Logits(tied=config.flag("tie_word_embeddings", True)),
-        layers=(Layer(),) * config.count("num_hidden_layers"),
+        layers=(Layer(),) * config.count("num_hidden_layers", limit=MAX_LAYERS),
     )
 
 

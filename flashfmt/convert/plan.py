@@ -83,7 +83,7 @@ def make_plan(checkpoint: Checkpoint, *, encoding: EncodingChoice, residents: En
             source=checkpoint.source,
             source_format=checkpoint.source_format,
             source_sha256=checkpoint.sha256,
-            architecture=_architecture(config),
+            architecture=config.architecture,
             licence=checkpoint.licence,
         ),
     )
@@ -93,13 +93,6 @@ def make_plan(checkpoint: Checkpoint, *, encoding: EncodingChoice, residents: En
     bundle_encoding = _bundle_encoding(checkpoint, mapping, decoder, encoding)
     tensors = tuple(_plan_tensor(checkpoint, mapping, name, rule, residents) for name, rule in rules.items())
     return Plan(manifest, tensors, mapping.ffn, bundle_encoding, mapping)
-
-
-def _architecture(config: Config) -> str:
-    architectures = config.values.get("architectures")
-    if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
-        return architectures[0]
-    return config.text("model_type")
 
 
 def _check_names(checkpoint: Checkpoint, mapping: TensorMap) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashfmt.convert.config import Config
+from flashfmt.convert.config import MAX_NUMBER, Config
 from flashfmt.manifest import Rotary
 
 F32Array = npt.NDArray[np.float32]
 
 MAIN_TABLE = "main"
+MAX_ROTARY_DIMS = 1 << 16
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -47,8 +48,9 @@ def rotary_table(config: Config, head_dim: int, default_theta: float = 10_000.0)
         For an unknown rope type, or one whose frequencies depend on the length of the text.
     """
     options = _Options(config, default_theta)
-    if head_dim % 2:
-        config.refuse("head_dim", "rotary positions need an even head dimension", expected="an even number")
+    if head_dim % 2 or head_dim > MAX_ROTARY_DIMS:
+        expected = f"an even number up to {MAX_ROTARY_DIMS}"
+        config.refuse("head_dim", "rotary positions need an even head dimension", expected=expected)
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     periods = np.power(np.float32(options.number("rope_theta", default_theta)), exponents)  # (head_dim / 2,)
     frequencies = np.float32(1) / periods
@@ -88,7 +90,7 @@ class _Options:
         value = self.values.get(key)
         if value is None:
             value = default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MAX_NUMBER:
             self.config.refuse(self.key, f"rope option {key} is missing or not a positive number")
         return float(value)
 
@@ -96,14 +98,18 @@ class _Options:
     def original_context(self) -> float:
         """Context length of pretraining; a value beside the options goes before one inside them."""
         if self.config.has("original_max_position_embeddings"):
-            return self.config.count("original_max_position_embeddings")
-        return self.number("original_max_position_embeddings", self.config.count("max_position_embeddings"))
+            context = float(self.config.count("original_max_position_embeddings"))
+        else:
+            context = self.number("original_max_position_embeddings", self.config.count("max_position_embeddings"))
+        if context < 2:
+            self.config.refuse(self.key, "original_max_position_embeddings is too small", expected="at least 2")
+        return context
 
     def factor_list(self, key: str, length: int) -> F32Array:
         values = self.values.get(key)
         if not isinstance(values, list) or len(values) != length:
             self.config.refuse(self.key, f"rope option {key} is not a list of {length} numbers")
-        if not all(isinstance(value, int | float) and 0 < value < math.inf for value in values):
+        if not all(isinstance(value, int | float) and 0 < value <= MAX_NUMBER for value in values):
             self.config.refuse(self.key, f"rope option {key} holds something else than positive numbers")
         return np.array(values, np.float32)
 
@@ -111,6 +117,8 @@ class _Options:
 def _llama3(options: _Options, frequencies: F32Array) -> F32Array:
     factor, context = options.number("factor"), options.original_context
     low, high = options.number("low_freq_factor"), options.number("high_freq_factor")
+    if high <= low:
+        options.config.refuse(options.key, "high_freq_factor is not above low_freq_factor", expected="low < high")
     wavelengths = np.float32(2 * math.pi) / frequencies
     smooth = (np.float32(context) / wavelengths - np.float32(low)) / np.float32(high - low)
     slowed = frequencies / np.float32(factor)
@@ -130,8 +138,9 @@ def _yarn(options: _Options, periods: F32Array) -> tuple[F32Array, float]:
     def correction_dim(n_rotations: float) -> float:
         return n_dims * math.log(context / (n_rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low = correction_dim(options.values.get("beta_fast") or 32)
-    high = correction_dim(options.values.get("beta_slow") or 1)
+    if base <= 1:
+        options.config.refuse(options.key, "yarn needs a rope_theta above 1", expected="rope_theta > 1")
+    low, high = correction_dim(options.number("beta_fast", 32)), correction_dim(options.number("beta_slow", 1))
     if options.values.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, n_dims - 1)

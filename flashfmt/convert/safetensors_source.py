@@ -195,8 +195,8 @@ def _template_of(tokenizer_config: Mapping[str, Any]) -> str | None:
     """The chat template of a tokenizer_config: a text, or the entry `default` of a list of named ones."""
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = entries[0].get("template") if entries else None
     return template if isinstance(template, str) else None
 
 

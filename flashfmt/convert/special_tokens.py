@@ -45,14 +45,8 @@ def _ids(value: Any) -> list[int]:
 
 
 def _added_tokens(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    entries = tokenizer.get("added_tokens")
-    if not isinstance(entries, list):
-        return {}
-    return {
-        entry["content"]: entry["id"]
-        for entry in entries
-        if isinstance(entry, dict) and {"content", "id"} <= set(entry)
-    }
+    entries = [_object(entry) for entry in _list(tokenizer.get("added_tokens"))]
+    return {entry["content"]: entry.get("id", -1) for entry in entries if isinstance(entry.get("content"), str)}
 
 
 def _named(token: Any, added: Mapping[str, int]) -> list[int]:
@@ -66,14 +60,23 @@ def _adds_bos(options: Mapping[str, Any], tokenizer: Mapping[str, Any], bos: int
         return False
     if isinstance(options.get("add_bos_token"), bool):
         return bool(options["add_bos_token"])
-    processor = tokenizer.get("post_processor") or {}
-    steps = processor.get("processors") or [processor]
-    return any(_template_starts_with(step, bos) for step in steps if isinstance(step, dict))
+    processor = _object(tokenizer.get("post_processor"))
+    steps = _list(processor.get("processors")) or [processor]
+    return any(_template_starts_with(_object(step), bos) for step in steps)
 
 
 def _template_starts_with(step: Mapping[str, Any], bos: int) -> bool:
-    if step.get("type") != "TemplateProcessing" or not step.get("single"):
+    single = _list(step.get("single"))
+    if step.get("type") != "TemplateProcessing" or not single:
         return False
-    first = (step["single"][0].get("SpecialToken") or {}).get("id")
-    known = (step.get("special_tokens") or {}).get(first) or {}
-    return bos in (known.get("ids") or [])
+    first = _object(_object(single[0]).get("SpecialToken")).get("id")
+    known = _object(_object(step.get("special_tokens")).get(first)) if isinstance(first, str) else {}
+    return bos in _list(known.get("ids"))
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

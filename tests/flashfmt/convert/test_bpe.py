@@ -1,7 +1,6 @@
 """Recreated tokenizers against those that transformers and the `tokenizers` library make."""
 
 import json
-import re
 import warnings
 
 import pytest
@@ -122,7 +121,7 @@ def test_opt_like_files_become_a_tokenizer(tmp_path):
     assert tokenizer.encode("he he").tokens == ["</s>", "he", "Ġhe"]
     assert tokenizer.encode("a</s>", add_special_tokens=False).ids[-1] == 2
     (tmp_path / "merges.txt").write_text("h e l\n")
-    with pytest.raises(CheckpointError, match=re.escape("not two pieces")):
+    with pytest.raises(CheckpointError, match="not two known pieces"):
         tokenizer_from_bpe_files(tmp_path)
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 2}')
     with pytest.raises(CheckpointError, match="token ids are not"):

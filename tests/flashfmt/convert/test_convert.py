@@ -60,10 +60,7 @@ def resident_arrays(state, n_layers):
         for ours, theirs in (OPT_LAYER if is_opt else LLAMA_LAYER).items():
             for kind in ("weight", "bias"):
                 wanted[f"layers/{layer}/{ours}/{kind}"] = f"{prefix}.{layer}.{theirs}.{kind}"
-        biases = (
-            {"fc1.bias": "up_bias", "fc2.bias": "down_bias"} if is_opt else {f"mlp.{k}": v for k, v in BIASES.items()}
-        )
-        for theirs, ours in biases.items():
+        for theirs, ours in (OPT_BIASES if is_opt else LLAMA_BIASES).items():
             wanted[f"layers/{layer}/ffn/{ours}"] = f"{prefix}.{layer}.{theirs}"
     return {ours: state[theirs].numpy() for ours, theirs in wanted.items() if theirs in state}
 

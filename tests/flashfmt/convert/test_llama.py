@@ -1,10 +1,26 @@
 """Llama-like configs: what they describe, and what is refused by name."""
 
+from pathlib import Path
+
+import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flashfmt.convert import llama
+from flashfmt.convert.config import Config
+from flashfmt.convert.families import family_of
 from flashfmt.errors import CheckpointError
-from flashfmt.manifest import Activation
+from flashfmt.manifest import Activation, Decoder
+
+LLAMA = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
 
 
 def windows(config):
@@ -30,6 +46,30 @@ def test_defaults_follow_transformers(config_of):
 def test_a_missing_key_is_named(config_of, key):
     with pytest.raises(CheckpointError, match=f"{key}: config.json lacks a required key"):
         llama.describe(config_of(**{key: ...}))
+
+
+ODD_VALUES = [None, True, 0, -1, 1, 2, 2.5, 1e300, 10**400, "", "relu", [], [1], {}, {"rope_type": "yarn", "factor": 1}]
+KEYS = [
+    "architectures", "attention_bias", "auto_map", "head_dim", "hidden_act", "hidden_act_param", "hidden_size",
+    "intermediate_size", "layer_types", "max_position_embeddings", "max_window_layers", "mlp_bias", "model_type",
+    "no_rope_layers", "no_rope_layer_interval", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "original_max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
+    "sliding_window", "tie_word_embeddings", "use_sliding_window", "vocab_size",
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(llama.MODEL_TYPES), st.dictionaries(st.sampled_from(KEYS), st.sampled_from(ODD_VALUES), max_size=3)
+)
+def test_any_config_is_described_or_refused(base, changes):
+    config = Config({**LLAMA, "model_type": base, "use_sliding_window": True, **changes}, Path("config.json"))
+    try:
+        decoder = family_of(config).describe(config)
+        family_of(config).tensor_map(config, decoder, [])
+    except CheckpointError:
+        return
+    msgspec.json.decode(msgspec.json.encode(decoder), type=Decoder)  # within the manifest's limits
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "64", True])
