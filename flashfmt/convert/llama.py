@@ -224,8 +224,8 @@ def _windows(config: Config, variant: _Variant, rotated: list[bool]) -> list[int
     else:
         default = None if config.text("model_type") == "smollm3" else 4096
         window = config.values.get("sliding_window", default) if config.flag("use_sliding_window", False) else None
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        config.refuse("sliding_window", "not a positive integer", expected="an integer >= 1")
+    if window is not None:
+        window = config.count("sliding_window", window)
     types = config.values.get("layer_types")
     if types is None:
         types = _default_layer_types(config, variant, window, rotated)
