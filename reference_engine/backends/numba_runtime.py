@@ -88,14 +88,14 @@ def choose_threading_layer() -> None:
 
 
 def _fingerprint() -> str:
-    """Digest of everything that compiled code depends on."""
+    """Digest of everything that compiled code, or numba's finding it again, depends on."""
     digest = hashlib.sha256()
     versions = (sys.version, numba.__version__, llvmlite.__version__, llvm.get_process_triple())
     features = llvm.get_host_cpu_features().flatten()
     for text in (*versions, llvm.get_host_cpu_name(), features):
         digest.update(text.encode() + b"\0")
     for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+        digest.update(f"{source}\0{source.stat().st_mtime_ns}\0".encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
