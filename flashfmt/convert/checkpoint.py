@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashfmt.encodings import Encoding
-from flashfmt.errors import CheckpointError
+from flashfmt.errors import CheckpointError, FlashReadError
 
 Array = npt.NDArray[Any]
 F32Array = npt.NDArray[np.float32]
@@ -78,7 +79,7 @@ class Checkpoint(Protocol):
     """Like `sha256`, with modification times: changes when the source may have changed."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> SourceTensor:
-        """Rows [start, stop) of a tensor along its first axis, in a new array. Raises CheckpointError, OSError."""
+        """Rows [start, stop) of a tensor along its first axis, in a new array. Raises as `read_exactly`."""
         ...
 
     def close(self) -> None:
@@ -107,6 +108,33 @@ def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     if len(content) > limit:
         raise CheckpointError("too large", path=path, expected=f"at most {limit} bytes", actual="more")
     return content
+
+
+def read_exactly(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill `buffer` with the bytes of a file from `offset` on.
+
+    Raises
+    ------
+    CheckpointError
+        If the file ends before.
+    FlashReadError
+        If the system fails to read.
+    """
+    done = 0
+    while done < len(buffer):
+        try:
+            n_read = os.preadv(fd, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise FlashReadError(f"reading failed: {error.strerror}", path=path, where=offset + done) from error
+        if n_read == 0:
+            raise CheckpointError(
+                "truncated while being read",
+                path=path,
+                where=offset + done,
+                expected=f"{len(buffer)} bytes from byte {offset}",
+                actual=done,
+            )
+        done += n_read
 
 
 def identity(parts: Mapping[str, object]) -> str:

@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 
 from flashfmt.convert.bpe import json_bytes
-from flashfmt.convert.checkpoint import Array, SourceFile, SourceFormat, SourceInfo, SourceTensor, identity
+from flashfmt.convert.checkpoint import (
+    Array,
+    SourceFile,
+    SourceFormat,
+    SourceInfo,
+    SourceTensor,
+    identity,
+    read_exactly,
+)
 from flashfmt.convert.gguf_config import config_from_metadata, generation_config
 from flashfmt.convert.gguf_header import GgufHeader, GgufTensor, read_header
 from flashfmt.convert.gguf_tokenizer import tokenizer_files
@@ -125,12 +133,7 @@ class GgufCheckpoint:
     def _dequantise_rows(self, name: str, tensor: GgufTensor, start: int, stop: int) -> Array:
         row_nbytes = tensor.nbytes // tensor.shape[0]
         raw = np.empty((stop - start) * row_nbytes, np.uint8)
-        buffer, offset, done = raw.data, tensor.offset + start * row_nbytes, 0
-        while done < len(buffer):
-            n_read = os.preadv(self._file.fileno(), [buffer[done:]], offset + done)
-            if n_read == 0:
-                raise CheckpointError("truncated while being read", path=self.path, where=name)
-            done += n_read
+        read_exactly(self._file.fileno(), raw.data, tensor.offset + start * row_nbytes, self.path)
         shape = (stop - start, *tensor.shape[1:])
         if not self.tensors[name].quantised:
             return raw.view(self.tensors[name].encoding.storage_dtype).reshape(shape)
@@ -166,11 +169,13 @@ class GgufCheckpoint:
             return None
         if self._gguf.GGMLQuantizationType(tensor.type_id).name != "F32" or len(tensor.shape) != 1:
             raise CheckpointError("not a float32 vector", path=self.path, where=_ROPE_FACTORS)
-        raw = os.pread(self._file.fileno(), tensor.nbytes, tensor.offset)
+        raw = bytearray(tensor.nbytes)
+        read_exactly(self._file.fileno(), memoryview(raw), tensor.offset, self.path)
         return [float(value) for value in np.frombuffer(raw, "<f4")]
 
     def _identities(self, header: GgufHeader) -> tuple[str, str]:
-        raw = os.pread(self._file.fileno(), header.nbytes, 0)
+        raw = bytearray(header.nbytes)
+        read_exactly(self._file.fileno(), memoryview(raw), 0, self.path)
         status = os.fstat(self._file.fileno())
         content: dict[str, object] = {self.source: [status.st_size, hashlib.sha256(raw).hexdigest()]}
         return identity(content), identity({"content": content, "times": status.st_mtime_ns})

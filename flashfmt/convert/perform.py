@@ -1,7 +1,7 @@
-"""Carries out a plan: reads, checks and re-encodes the weights ahead of the writer, in bounded memory.
+"""Carries out a plan: reads, checks and re-encodes weights block by block, while the writer stores earlier blocks.
 
-A thread of its own reads and prepares; the calling thread writes. At most one source tensor, one resident array and
-`READ_AHEAD_BYTES` of prepared blocks are held at a time.
+The writer checksums and writes in a thread of its own, so reading overlaps with writing. At most one whole source
+tensor, one resident array and the few blocks that wait in the writer are held at a time.
 
 Knows: checkpoints, plans and the writer's calls. Does not know: families, the file's bytes.
 """
@@ -9,14 +9,12 @@ Knows: checkpoints, plans and the writer's calls. Does not know: families, the f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from flashfmt.convert.checkpoint import Array, Checkpoint, SourceTensor
 from flashfmt.convert.plan import Plan, PlannedTensor
-from flashfmt.convert.read_ahead import read_ahead
 from flashfmt.convert.translation import FfnSources
 from flashfmt.convert.weights import check_finite, encode_rows, interleave
 from flashfmt.encodings import part_layout
@@ -24,18 +22,8 @@ from flashfmt.errors import CheckpointError
 from flashfmt.manifest import bundles_name
 from flashfmt.writer import FlashWriter
 
-READ_AHEAD_BYTES: Final = 128 << 20
 _ROWS_NBYTES: Final = 16 << 20
 _BLOCK_NBYTES: Final = 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """An array, or consecutive bundles of a layer, in storage form."""
-
-    data: Array
-    tensor: str | None = None
-    layer: int | None = None
 
 
 def check_copies(checkpoint: Checkpoint, plan: Plan) -> None:
@@ -67,26 +55,26 @@ def write_weights(
     ------
     CheckpointError
         If a weight is not finite or does not fit its encoding, or the source is truncated.
-    OSError, FlashWriteError
-        As reading and writing raise them.
+    FlashReadError, FlashWriteError
+        If the system fails to read the source or to store the result.
     """
-    tensors = [tensor for tensor in plan.tensors if not writer.is_done(tensor.name)]
-    layers = [layer for layer in range(plan.decoder.n_layers) if not writer.is_done(bundles_name(layer))]
-    with read_ahead(_prepare(checkpoint, plan, tensors, layers), _nbytes, READ_AHEAD_BYTES) as prepared:
-        for _ in tensors:
-            item = next(prepared)
-            writer.write_tensor(str(item.tensor), item.data)
-            if progress is not None:
-                progress(item.data.nbytes)
-        for layer in layers:
-            with writer.bundles(layer) as sink:
-                n_written = 0
-                while n_written < plan.decoder.ffn.d_ff:
-                    block = next(prepared).data
-                    sink.append(block)
-                    n_written += len(block)
-                    if progress is not None:
-                        progress(block.nbytes)
+    report = progress or (lambda _nbytes: None)
+    try:
+        for tensor in plan.tensors:
+            if not writer.is_done(tensor.name):
+                data = _prepare_tensor(checkpoint, plan, tensor)
+                writer.write_tensor(tensor.name, data)
+                report(data.nbytes)
+        for layer, sources in enumerate(plan.ffn):
+            if not writer.is_done(bundles_name(layer)):
+                with writer.bundles(layer) as sink:
+                    for block in _prepare_bundles(checkpoint, plan, sources):
+                        sink.append(block)
+                        report(block.nbytes)
+    except CheckpointError as error:
+        if error.path is None:
+            error.path = checkpoint.path
+        raise
 
 
 def payload_nbytes(plan: Plan) -> int:
@@ -100,25 +88,6 @@ def payload_nbytes(plan: Plan) -> int:
     return sum(tensors) + bundles * decoder.n_layers
 
 
-def _nbytes(item: _Prepared) -> int:
-    return item.data.nbytes
-
-
-def _prepare(
-    checkpoint: Checkpoint, plan: Plan, tensors: list[PlannedTensor], layers: list[int]
-) -> Iterator[_Prepared]:
-    try:
-        for tensor in tensors:
-            yield _Prepared(_prepare_tensor(checkpoint, plan, tensor), tensor=tensor.name)
-        for layer in layers:
-            for block in _prepare_bundles(checkpoint, plan, plan.ffn[layer]):
-                yield _Prepared(block, layer=layer)
-    except CheckpointError as error:
-        if error.path is None:
-            error.path = checkpoint.path
-        raise
-
-
 def _prepare_tensor(checkpoint: Checkpoint, plan: Plan, tensor: PlannedTensor) -> Array:
     if tensor.source is None:
         return plan.mapping.computed[tensor.name]
@@ -129,10 +98,6 @@ def _prepare_tensor(checkpoint: Checkpoint, plan: Plan, tensor: PlannedTensor) -
         return whole.data
     layout = part_layout(tensor.encoding, tensor.shape[-1])
     out = np.empty((*tensor.shape[:-1], layout.storage_length), tensor.encoding.storage_dtype)
-    if out.ndim == 1:
-        whole = checkpoint.read(tensor.source)
-        check_finite(whole, tensor.source)
-        return encode_rows(whole, tensor.encoding, tensor.source)
     for start, block in _row_blocks(checkpoint, tensor.source):
         check_finite(block, tensor.source, start)
         out[start : start + len(block.data)] = encode_rows(block, tensor.encoding, tensor.source)

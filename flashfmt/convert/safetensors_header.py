@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashfmt.convert.checkpoint import parse_json_object
+from flashfmt.convert.checkpoint import parse_json_object, read_exactly
 from flashfmt.encodings import Encoding
 from flashfmt.errors import CheckpointError
 
@@ -63,25 +63,16 @@ def read_header(fd: int, path: Path) -> SafetensorsHeader:
             expected=f"a header of at most {limit} bytes",
             actual=f"{header_nbytes} bytes",
         )
-    raw = _pread_exactly(fd, header_nbytes, 8, path)
-    document = parse_json_object(raw, path)
+    raw = bytearray(header_nbytes)
+    read_exactly(fd, memoryview(raw), 8, path)
+    document = parse_json_object(bytes(raw), path)
     metadata = document.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise CheckpointError("__metadata__ is not an object", path=path, where="__metadata__")
     start = 8 + header_nbytes
     tensors = {name: _entry(name, value, start, path) for name, value in document.items()}
     _check_coverage(tensors, start, file_nbytes, path)
-    return SafetensorsHeader(tensors, metadata, raw)
-
-
-def _pread_exactly(fd: int, nbytes: int, offset: int, path: Path) -> bytes:
-    data = bytearray()
-    while len(data) < nbytes:
-        piece = os.pread(fd, nbytes - len(data), offset + len(data))
-        if not piece:
-            raise CheckpointError("truncated", path=path, where=offset + len(data), expected=nbytes, actual=len(data))
-        data += piece
-    return bytes(data)
+    return SafetensorsHeader(tensors, metadata, bytes(raw))
 
 
 def _entry(name: str, value: Any, start: int, path: Path) -> TensorEntry:

@@ -25,6 +25,7 @@ from flashfmt.convert.checkpoint import (
     SourceTensor,
     identity,
     parse_json_object,
+    read_exactly,
     read_limited,
 )
 from flashfmt.convert.safetensors_header import SafetensorsHeader, TensorEntry, read_header
@@ -95,27 +96,13 @@ class SafetensorsCheckpoint:
         stop = n_rows if stop is None else min(stop, n_rows)
         data = np.empty((stop - start, *entry.shape[1:]), encoding.storage_dtype)
         row_nbytes = entry.nbytes // n_rows
-        self._read_into(data.data.cast("B"), shard, entry.offset + start * row_nbytes)
+        read_exactly(self._fds[shard], data.data.cast("B"), entry.offset + start * row_nbytes, self.path / shard)
         return SourceTensor(encoding, data)
 
     def close(self) -> None:
         """Close the shards."""
         while self._fds:
             os.close(self._fds.popitem()[1])
-
-    def _read_into(self, buffer: memoryview, shard: str, offset: int) -> None:
-        done = 0
-        while done < len(buffer):
-            n_read = os.preadv(self._fds[shard], [buffer[done:]], offset + done)
-            if n_read == 0:
-                raise CheckpointError(
-                    "truncated while being read",
-                    path=self.path / shard,
-                    where=offset + done,
-                    expected=f"{len(buffer)} bytes",
-                    actual=done,
-                )
-            done += n_read
 
     def _open_shards(self) -> dict[str, SafetensorsHeader]:
         index_path = self.path / INDEX
