@@ -15,7 +15,9 @@ from flashfmt.manifest import FORMAT_VERSION, Decoder, Manifest
 from flashfmt.reader import FlashModel
 from flashfmt.reader import open_model as open
 from flashfmt.rules import RULES
+from flashfmt.specs import BundlesSpec, FileSpec, TensorSpec
 from flashfmt.tensor import BundlesInfo, FileInfo, StoredTensor, TensorInfo
+from flashfmt.writer import FlashWriter
 
 __version__ = "1.0.0"
 
@@ -24,19 +26,23 @@ __all__ = [
     "RULES",
     "Bundles",
     "BundlesInfo",
+    "BundlesSpec",
     "ChecksumError",
     "Decoder",
     "Encoding",
     "Extent",
     "FileInfo",
+    "FileSpec",
     "FlashError",
     "FlashFormatError",
     "FlashModel",
     "FlashReadError",
     "FlashWriteError",
+    "FlashWriter",
     "Manifest",
     "StoredTensor",
     "TensorInfo",
+    "TensorSpec",
     "UnsupportedError",
     "open",
 ]
