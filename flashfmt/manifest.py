@@ -214,7 +214,8 @@ class Predictor(_Description, frozen=True, kw_only=True):
     """Tells from an activation which neurons of a layer will be active (SPEC.md section "Predictors").
 
     ``low_rank``: neuron i is active when sigmoid(up[i] . (down . h) + bias[i]) > threshold.
-    ``low_bit_gate``: neuron i is active when |gate[i] . h| > threshold, or gate[i] . h > threshold when `signed`.
+    ``low_bit_gate``: neuron i is active when s > threshold if `signed`, else |s| > threshold, with
+    s = gate[i] . h + b[i] and b the layer's own `gate_bias` where gated, else `up_bias`.
     """
 
     layer: Annotated[int, Meta(ge=0)]

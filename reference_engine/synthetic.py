@@ -44,6 +44,7 @@ _WEIGHT_SCALE: Final = 0.02
 class Shape:
     """Sizes of a model; `plain` is OPT's kind of decoder (ReLU, learned positions), else Llama's (gated SiLU)."""
 
+    name: str
     n_layers: int
     d_model: int
     d_ff: int
@@ -98,30 +99,34 @@ class Shape:
 
 
 SHAPES: Final[dict[str, Shape]] = {
-    "opt-125m": Shape(12, 768, 3072, 12, 12, 50272, plain=True, tied=True),
-    "opt-1.3b": Shape(24, 2048, 8192, 32, 32, 50272, plain=True, tied=True),
-    "opt-2.7b": Shape(32, 2560, 10240, 32, 32, 50272, plain=True, tied=True),
-    "opt-6.7b": Shape(32, 4096, 16384, 32, 32, 50272, plain=True, tied=True),
-    "llama-1.1b": Shape(22, 2048, 5632, 32, 4, 32000, plain=False, tied=False),
-    "llama-2-7b": Shape(32, 4096, 11008, 32, 32, 32000, plain=False, tied=False),
-    "llama-3-8b": Shape(32, 4096, 14336, 32, 8, 128256, plain=False, tied=False, context_tokens=8192),
-    "qwen2-0.5b": Shape(24, 896, 4864, 14, 2, 151936, plain=False, tied=True),
+    shape.name: shape
+    for shape in (
+        Shape("opt-125m", 12, 768, 3072, 12, 12, 50272, plain=True, tied=True),
+        Shape("opt-1.3b", 24, 2048, 8192, 32, 32, 50272, plain=True, tied=True),
+        Shape("opt-2.7b", 32, 2560, 10240, 32, 32, 50272, plain=True, tied=True),
+        Shape("opt-6.7b", 32, 4096, 16384, 32, 32, 50272, plain=True, tied=True),
+        Shape("llama-1.1b", 22, 2048, 5632, 32, 4, 32000, plain=False, tied=False),
+        Shape("llama-2-7b", 32, 4096, 11008, 32, 32, 32000, plain=False, tied=False),
+        Shape("llama-3-8b", 32, 4096, 14336, 32, 8, 128256, plain=False, tied=False, context_tokens=8192),
+        Shape("qwen2-0.5b", 24, 896, 4864, 14, 2, 151936, plain=False, tied=True),
+    )
 }
 
 
 def write_synthetic(
     path: Path,
-    like: str,
+    shape: Shape,
     *,
     encoding: Encoding = Encoding.F16,
     residents: Encoding = Encoding.F16,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a flash file in the shapes of `like`, a key of `SHAPES`.
+    """Write a flash file of random weights.
 
     Parameters
     ----------
+    shape : sizes, such as one of `SHAPES`.
     encoding, residents : of the bundles and of the resident matrices.
     progress : called with the bytes of each piece written.
 
@@ -129,13 +134,13 @@ def write_synthetic(
     ------
     FlashWriteError
     """
-    decoder = SHAPES[like].decoder()
+    decoder = shape.decoder()
     manifest = Manifest(
         version=FORMAT_VERSION,
         metadata_crc32c="00000000",
-        name=f"synthetic {like}",
+        name=f"synthetic {shape.name}",
         decoder=decoder,
-        provenance=Provenance(writer="reference_engine.synthetic", source=like, source_format="synthetic"),
+        provenance=Provenance(writer="reference_engine.synthetic", source=shape.name, source_format="synthetic"),
     )
     tensors = list(_tensor_specs(manifest, residents))
     bundles = [
@@ -143,7 +148,7 @@ def write_synthetic(
         for layer in range(decoder.n_layers)
     ]
     rng = np.random.default_rng(seed)
-    fingerprint = f"synthetic {like} {encoding} {residents} {seed}"
+    fingerprint = f"synthetic {seed}"
     with FlashWriter(path, manifest, tensors=tensors, bundles=bundles, files=[], fingerprint=fingerprint) as writer:
         for spec in tensors:
             data = _tensor(spec, rng)

@@ -37,22 +37,26 @@ class LowRankPredictor:
 
 
 class LowBitGate:
-    """A low-bit copy of the gating projection: active when ``gate[i] . h > threshold``, or its size if not `signed`.
+    """A low-bit copy of the gating projection: active when ``gate[i] . h + bias[i] > threshold``.
+
+    The size of the sum is compared where not `signed`.
 
     Parameters
     ----------
-    gate : [n_neurons, d_model].
+    gate : [n_neurons, d_model]: of the gate where the FFN is gated, of the up projection otherwise.
+    bias : float32 [n_neurons], the layer's own bias of that projection, or None.
     """
 
-    def __init__(self, gate: Matrix, threshold: float, backend: Backend, *, signed: bool) -> None:
+    def __init__(self, gate: Matrix, bias: F32 | None, threshold: float, backend: Backend, *, signed: bool) -> None:
         self._gate = gate
+        self._bias = bias
         self._cut = np.float32(threshold)
         self._signed = signed
         self._backend = backend
 
     def scores(self, x: F32) -> F32:
         """Approximate gate values, float32 [n_tokens, n_neurons]."""
-        return self._backend.matmul(self._gate, x)
+        return self._backend.matmul(self._gate, x, bias=self._bias)
 
     def select(self, x: F32) -> Ids:
         """Neurons whose score exceeds the threshold for any token."""
@@ -70,7 +74,10 @@ def selector_from_file(model: FlashModel, layer: int, backend: Backend) -> Selec
         bias = tensors["bias"].decode() if predictor.bias else None
         down, up = _matrix(tensors["down"]), _matrix(tensors["up"])
         return LowRankPredictor(down, up, bias, predictor.threshold, backend)
-    return LowBitGate(_matrix(tensors["gate"]), predictor.threshold, backend, signed=predictor.signed)
+    which = "gate_bias" if model.decoder.ffn.kind == "gated" else "up_bias"
+    name = f"layers/{layer}/ffn/{which}"
+    own_bias = model.tensor(name).decode() if name in model.tensors else None
+    return LowBitGate(_matrix(tensors["gate"]), own_bias, predictor.threshold, backend, signed=predictor.signed)
 
 
 def _matrix(tensor: StoredTensor) -> Matrix:

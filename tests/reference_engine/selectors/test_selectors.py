@@ -55,13 +55,17 @@ def test_extreme_thresholds_select_all_or_none(threshold, n_selected):
 
 @pytest.mark.parametrize("encoding", [Encoding.Q4, Encoding.Q8, Encoding.F16])
 @pytest.mark.parametrize("signed", [True, False])
-def test_low_bit_gate_cuts_the_stored_copy(encoding, signed):
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_low_bit_gate_cuts_the_stored_copy(encoding, signed, with_bias):
     rng = np.random.default_rng(1)
     gate = matrix(rng.standard_normal((40, 64), np.float32), encoding)
     x = rng.standard_normal((2, 64), np.float32)
+    bias = rng.standard_normal(40, np.float32) if with_bias else None
     scores = x.astype(np.float64) @ decode(gate.data, encoding, 64).T.astype(np.float64)
+    scores += 0 if bias is None else bias
     expected = ((scores if signed else np.abs(scores)) > 3.0).any(axis=0)
-    np.testing.assert_array_equal(LowBitGate(gate, 3.0, BACKEND, signed=signed).select(x), np.flatnonzero(expected))
+    selected = LowBitGate(gate, bias, 3.0, BACKEND, signed=signed).select(x)
+    np.testing.assert_array_equal(selected, np.flatnonzero(expected))
 
 
 def test_everything_and_trace():
