@@ -111,7 +111,7 @@ def activation(code: int, threshold: float, v: Any) -> Any:
 def _dots(tag: Any, base: int, stride: int, n: int, first: int, last: int, x: int, k: int, out: int, bias: int) -> None:
     """out[j] = row j . x + bias[j] for rows `first` (a multiple of 4) to `last`."""
     scratch, partial = np.empty(k // 8 + 16, np.float32), np.empty(4, np.float32)
-    prepared = np.empty(k + k // 32 + 16, np.float32)
+    prepared = np.empty(k + k // 32 + 128, np.float32)
     px = prepared_x(tag, x, k, address_of(prepared))
     y = floats(out, n)
     for j in range(first, last, 4):
@@ -158,7 +158,7 @@ def _hidden(
 ) -> None:  # fmt: skip
     """h[j] for neurons `first` (a multiple of 4) to `last`; h has room for whole groups of 4, surplus ones are 0."""
     scratch, gate = np.empty(k // 8 + 16, np.float32), np.empty(4, np.float32)
-    prepared = np.empty(k + k // 32 + 16, np.float32)
+    prepared = np.empty(k + k // 32 + 128, np.float32)
     px, tmp = prepared_x(tag, x, k, address_of(prepared)), address_of(scratch)
     r0, r1, r2, r3 = rows, rows, rows, rows
     for j in range(first, last, 4):

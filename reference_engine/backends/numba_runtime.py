@@ -78,7 +78,12 @@ def kernels_kept() -> Iterator[None]:
 
 
 def choose_threading_layer() -> None:
-    """Have numba use OpenMP if it can be loaded, else its own queue; no effect once its threads have started."""
+    """Have numba use OpenMP if it can be loaded, else its own queue; `NUMBA_THREADING_LAYER` has precedence.
+
+    Without effect once numba's threads have started.
+    """
+    if config.THREADING_LAYER != "default":
+        return
     try:
         importlib.import_module("numba.np.ufunc.omppool")
     except ImportError:
@@ -92,7 +97,8 @@ def _fingerprint() -> str:
     digest = hashlib.sha256()
     versions = (sys.version, numba.__version__, llvmlite.__version__, llvm.get_process_triple())
     features = llvm.get_host_cpu_features().flatten()
-    for text in (*versions, llvm.get_host_cpu_name(), features):
+    target = (str(config.CPU_NAME), str(config.CPU_FEATURES))
+    for text in (*versions, llvm.get_host_cpu_name(), features, *target):
         digest.update(text.encode() + b"\0")
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(f"{source}\0{source.stat().st_mtime_ns}\0".encode() + source.read_bytes())

@@ -24,7 +24,7 @@ from numba import njit, types
 from numba.core import cgutils as _cgutils
 from numba.extending import intrinsic
 
-from reference_engine.backends.numba_runtime import kernels_kept
+from reference_engine.backends.numba_runtime import config, kernels_kept
 
 Builder = Any
 Value = Any
@@ -37,8 +37,18 @@ cgutils: Any = _cgutils  # numba annotates little of it
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 
-HOST_FEATURES: Final = llvm.get_host_cpu_features()
-HAS_WIDE_REGISTERS: Final = bool(HOST_FEATURES.get("avx512f", False))
+
+def _target_features() -> frozenset[str]:
+    """What the processor that numba compiles for can do: the host's features, or those of `NUMBA_CPU_FEATURES`."""
+    if config.CPU_FEATURES is not None:
+        return frozenset(name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+"))
+    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+
+
+_FEATURES: Final = _target_features()
+HAS_WIDE_REGISTERS: Final = "avx512f" in _FEATURES
+HAS_BYTE_DOTS: Final = {"avx512f", "avx512bw", "avx512vnni"} <= _FEATURES
+HAS_HALF: Final = "f16c" in _FEATURES or llvm.get_process_triple().startswith(("aarch64", "arm64"))
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -163,6 +173,34 @@ def loop(b: Builder, start: Value, stop: Value, step: int) -> AbstractContextMan
 def round_down(b: Builder, value: Value, multiple: int) -> Value:
     """Largest multiple (a power of two) that is not above a value."""
     return b.and_(value, integer(-multiple))
+
+
+def from_half(b: Builder, bits: Value) -> Value:
+    """Bits of float16 to float32; without hardware by moving the exponent, which also covers subnormals and infinity.
+
+    LLVM's own conversion would call a function that no library of the process has on hosts without F16C.
+    """
+    lanes = bits.type.count
+    if HAS_HALF:
+        return b.fpext(b.bitcast(bits, vector(HALF, lanes)), vector(FLOAT, lanes))
+    wide = b.zext(bits, vector(I32, lanes))
+    sign = b.shl(b.and_(wide, splat(I32, 0x8000, lanes)), splat(I32, 16, lanes))
+    magnitude = b.shl(b.and_(wide, splat(I32, 0x7FFF, lanes)), splat(I32, 13, lanes))
+    rebias = splat(FLOAT, 2.0**112, lanes)
+    finite = b.bitcast(b.fmul(b.bitcast(magnitude, vector(FLOAT, lanes)), rebias), vector(I32, lanes))
+    special = b.or_(magnitude, splat(I32, 0x7F800000, lanes))
+    is_special = b.icmp_unsigned(">=", magnitude, splat(I32, 0x0F800000, lanes))
+    return b.bitcast(b.or_(b.select(is_special, special, finite), sign), vector(FLOAT, lanes))
+
+
+def byte_dots(b: Builder, total: Value, unsigned_bytes: Value, signed_bytes: Value) -> Value:
+    """Add to each of 16 int32 the products of four unsigned with four signed bytes; for `HAS_BYTE_DOTS` only.
+
+    All three are vectors of 16 int32. LLVM 22 takes bytes, and upgrades this older form when it reads it.
+    """
+    function_type = ir.FunctionType(total.type, [total.type] * 3)
+    function = cgutils.get_or_insert_function(b.module, function_type, "llvm.x86.avx512.vpdpbusd.512")
+    return b.call(function, [total, unsigned_bytes, signed_bytes])
 
 
 def prefetch(b: Builder, address: Value) -> None:

@@ -42,6 +42,17 @@ def test_error_of_a_large_matrix(backend, oracle, weights, relative_error, encod
     assert relative_error(backend.matmul(matrix, x), oracle.matmul(decoded, x)) <= 1e-5
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so(backend, weights, encoding, bad):
+    source = weights(7)
+    matrix, _ = source.matrix(encoding, 5, 128)
+    for n_tokens in (1, 3):
+        x = source.normal(n_tokens, 128)
+        x[:, 40] = bad
+        with np.errstate(invalid="ignore"):
+            assert not np.isfinite(backend.matmul(matrix, x)).any()
+
+
 def test_rows_may_lie_apart(backend, oracle, weights, relative_error, encoding):
     source = weights(2)
     matrix, decoded = source.matrix(encoding, 41, 128)
