@@ -256,7 +256,8 @@ def test_smollm2_is_dequantised_as_transformers_does(smollm2):
         if len(tensor.shape) == 1:
             expected = packed.reshape(-1).view("<f4")
         else:
-            expected = dequantize(torch.from_numpy(packed), tensor.type_id).numpy()
+            flat = dequantize(torch.from_numpy(packed), tensor.type_id)
+            expected = flat.numpy().reshape(tensor.shape)
         if "q_proj" in ours or "k_proj" in ours:
             expected = expected.reshape(-1, 32, 2, 576).swapaxes(1, 2).reshape(expected.shape)
         np.testing.assert_array_equal(checkpoint.read(ours).data, expected, err_msg=ours)
