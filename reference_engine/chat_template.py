@@ -72,7 +72,8 @@ class ChatTemplate:
 
         Parameters
         ----------
-        messages : oldest first.
+        messages : oldest first. Fields that are None are left out, as transformers does: templates ask whether a field
+            is defined.
         add_generation_prompt : end with what the template writes in front of an answer.
 
         Raises
@@ -85,7 +86,7 @@ class ChatTemplate:
                 raise PromptError("a message is no object with a role", where=f"message {i}", actual=repr(message)[:80])
         variables = {
             **self.special_tokens,
-            "messages": [dict(message) for message in messages],
+            "messages": [_without_nulls(message) for message in messages],
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -168,6 +169,10 @@ def _special_tokens(tokenizer: Tokenizer, *documents: Mapping[str, Any]) -> dict
             if name.endswith("_token") and isinstance(text, str):
                 texts[name] = text
     return {name: text for name, text in texts.items() if text is not None}
+
+
+def _without_nulls(message: Message) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if value is not None}
 
 
 def _template_in(value: Any) -> str | None:

@@ -198,7 +198,8 @@ def generate(
     ignore_eos : treat end-of-text tokens as any other token.
     show_special_tokens : put special tokens in the text.
     tokens : the roles of token ids; by default the tokenizer's.
-    session : a sequence to go on with; `prompt_ids` are then what is appended to it. By default a new one.
+    session : a sequence to go on with; `prompt_ids` are then what is appended to it, and all that penalties look at. By
+        default a new one.
 
     Raises
     ------

@@ -1,5 +1,6 @@
 import json
 import subprocess
+import sys
 import time
 from datetime import datetime
 
@@ -75,7 +76,7 @@ CONVERSATIONS = [
     [
         {"role": "system", "content": " Answer in rhyme. "},
         {"role": "user", "content": "One\n\n"},
-        {"role": "assistant", "content": " Two ", "extra": None},
+        {"role": "assistant", "content": " Two "},
         {"role": "user", "content": "Three"},
     ],
 ]
@@ -165,6 +166,13 @@ def test_the_process_gives_what_the_worker_gives():
     assert not template.render(CONVERSATIONS[1], add_generation_prompt=False).endswith("assistant\n")
 
 
+def test_fields_without_a_value_are_left_out(oracle):
+    source = "{{ messages | tojson }} {{ messages[0].tool_calls is defined }}"
+    messages = [{"role": "assistant", "content": "x", "tool_calls": None}]
+    expected = oracle.apply_chat_template(messages, chat_template=source, tokenize=False)
+    assert ChatTemplate(source, {}).render(messages) == expected == '[{"role": "assistant", "content": "x"}] False'
+
+
 def test_an_error_in_the_process_names_file_and_line():
     template = ChatTemplate(INST, TOKENS, path="m.flash")
     with pytest.raises(PromptError) as caught:
@@ -172,22 +180,26 @@ def test_an_error_in_the_process_names_file_and_line():
     assert str(caught.value) == "m.flash: chat template, line 8: Roles must alternate user and assistant"
 
 
+LIMITS_MEMORY = pytest.mark.skipif(sys.platform != "linux", reason="the system does not limit address space")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "longer than 1.5 seconds"),
-        ("{{ (10 ** 10) ** (10 ** 8) }}", "longer than 1.5 seconds"),
-        ("{{ 'a' * 10 ** 11 }}", "memory"),
-        ("{% set x = 'aaaaaaaa' %}" + "{% set x = x ~ x %}" * 60, "memory"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "longer than 1 seconds"),
+        ("{{ (10 ** 10) ** (10 ** 8) }}", "longer than 1 seconds"),
+        pytest.param("{{ 'a' * 10 ** 11 }}", "memory", marks=LIMITS_MEMORY),
+        pytest.param("{% set x = 'aaaaaaaa' %}" + "{% set x = x ~ x %}" * 60, "memory", marks=LIMITS_MEMORY),
         ("{% for a in range(99999) %}{{ 'a' * 9999 }}{% endfor %}", "more than 16777216 characters"),
     ],
 )
 def test_hostile_templates_are_stopped(source, message):
-    template = ChatTemplate(source, {}, limits=TemplateLimits(seconds=1.5, memory_bytes=200 << 20))
+    seconds = 1 if "longer" in message else 30
+    template = ChatTemplate(source, {}, limits=TemplateLimits(seconds=seconds, memory_bytes=200 << 20))
     began = time.monotonic()
     with pytest.raises(PromptError, match=message):
         template.render(CONVERSATIONS[0])
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 30
 
 
 def test_a_process_that_dies_is_an_error(monkeypatch):
@@ -224,7 +236,8 @@ class FileOf:
         }
 
     def file(self, role):
-        return self.files.get(role)
+        content = self.files.get(role)
+        return content if content is None or isinstance(content, bytes) else json.dumps(content).encode()
 
 
 @pytest.fixture(scope="module")
