@@ -126,15 +126,11 @@ class Tokenizer:
         match = _BYTE_TOKEN.fullmatch(token) if self._has_byte_tokens else None
         return bytes([int(match[1], 16)]) if match is not None and match[1] >= "80" else None
 
-    def first_bytes(self, token_ids: Sequence[int]) -> bytes:
-        """What the last of the first tokens of a text adds, where all before it added nothing.
-
-        Decoders drop a space there that stands for nothing.
-        """
-        token = self.token(token_ids[-1]) or ""
-        if self._is_bytewise or self._raw_byte(token) is not None:
-            return self.token_bytes(token_ids[-1])
-        return self.decode(token_ids).encode()
+    def first_bytes(self, token_id: int) -> bytes:
+        """What a token gives at the beginning of a text, where decoders drop a space that stands for nothing."""
+        if self._is_bytewise or self._raw_byte(self.token(token_id) or "") is not None:
+            return self.token_bytes(token_id)
+        return self.decode([token_id]).encode()
 
     def _plain_token(self) -> list[int]:
         """An ordinary token to stand in front of another, so that this one decodes as in the middle of a text."""
@@ -156,20 +152,15 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
-        self._first: list[int] | None = []  # tokens without text at the beginning; None after the first text
+        self._is_first = True
         self._pending = b""  # an incomplete character
 
     def push(self, token_id: int) -> str:
         """Take the next token; returns the characters that are complete now."""
         if token_id in self._skipped or self._tokenizer.token(token_id) is None:
             return ""
-        if self._first is None:
-            added = self._tokenizer.token_bytes(token_id)
-        else:
-            self._first.append(token_id)
-            added = self._tokenizer.first_bytes(self._first)
-            if added:
-                self._first = None
+        added = self._tokenizer.first_bytes(token_id) if self._is_first else self._tokenizer.token_bytes(token_id)
+        self._is_first = False
         data = self._pending + added
         text, n_used = codecs.utf_8_decode(data, "replace", False)
         self._pending = data[n_used:]

@@ -133,6 +133,11 @@ def test_an_incomplete_character_comes_in_the_end():
     assert [piece.text for piece in generation] == ["", "\ufffd"]
 
 
+def test_what_was_held_back_keeps_its_order():
+    generation = say([*ids_of("#"), *ids_of("é")[:1]], stop=["##"], max_tokens=2)
+    assert "".join(piece.text for piece in generation) == "#\ufffd"
+
+
 @settings(max_examples=50, deadline=None)
 @given(text=st.text("ab\n你", max_size=20), stop=st.lists(st.text("ab\n", min_size=1, max_size=3), max_size=2))
 def test_the_text_is_what_stands_before_the_first_stop_string(text, stop):

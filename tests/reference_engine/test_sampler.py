@@ -141,6 +141,14 @@ def test_greedy_takes_the_largest_penalised_logit(history, last_n, repeat, prese
     assert sampler.sample(logits) == int(np.argmax(expected))
 
 
+@pytest.mark.parametrize(("n_seen", "chosen"), [(2, 0), (3, 1)])
+def test_the_frequency_penalty_counts_each_occurrence(n_seen, chosen):
+    sampler = Sampler(SamplingOptions(temperature=0, frequency_penalty=0.15), 2)
+    for _ in range(n_seen):
+        sampler.accept(0)
+    assert sampler.sample(np.array([1.0, 0.6], np.float32)) == chosen
+
+
 def test_repetition_penalty_agrees_with_transformers():
     torch = pytest.importorskip("torch")
     processors = pytest.importorskip("transformers.generation.logits_process")

@@ -234,8 +234,8 @@ def test_truncation_and_padding_of_the_file_are_ignored():
     library.enable_truncation(3)
     library.enable_padding(length=64)
     ids = Tokenizer(library.to_str().encode(), SpecialTokens()).encode("the quick brown fox", add_special_tokens=True)
-    assert library.decode(ids) == "the quick brown fox"
-    assert len(ids) > 3
+    assert ids == byte_level().encode("the quick brown fox").ids
+    assert 3 < len(ids) < 64
 
 
 def test_the_manifest_decides_on_bos():
