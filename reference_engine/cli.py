@@ -19,6 +19,7 @@ from rich.table import Table
 
 from flashfmt import FlashModel
 from flashfmt.errors import FlashError, PromptError
+from reference_engine.backends import is_compiled
 from reference_engine.chat_template import ChatTemplate, load_chat_template
 from reference_engine.engine import Engine, EngineOptions, Session
 from reference_engine.generate import Generation, generate
@@ -99,7 +100,7 @@ _TEXT_OPTIONS = _grouped(
 @click.option("--json", "as_json", is_flag=True, help="Write the plan as JSON.")
 def plan(model: Path, as_json: bool, **options: Any) -> None:
     """Say what of MODEL would be held where under a memory ceiling. Loads nothing."""
-    with Engine(model, EngineOptions(**options), loaded_before_plan=_tokenizer_if_any) as engine:
+    with _engine(model, options, _tokenizer_if_any) as engine:
         if as_json:
             click.echo(json.dumps(engine.plan.as_dict()))
         else:
@@ -124,7 +125,7 @@ def run(model: Path, prompt: str | None, tokens: str | None, as_chat: bool, as_j
     if prompt == "-":
         prompt = sys.stdin.read()
     speech = _Speech(text, needs_tokenizer=prompt is not None, as_chat=as_chat)
-    with Engine(model, EngineOptions(**options), loaded_before_plan=speech.load) as engine:
+    with _engine(model, options, speech.load) as engine:
         ids = token_ids if prompt is None else speech.first_prompt(prompt)
         _load(engine, quiet=text.quiet or as_json)
         generation = text.generate(engine, speech.tokenizer, ids or [])
@@ -148,7 +149,7 @@ def chat(model: Path, **options: Any) -> None:
     """Talk with MODEL. An empty line or the end of the input leaves."""
     text = _TextSettings(options)
     speech = _Speech(text, needs_tokenizer=True, as_chat=True)
-    with Engine(model, EngineOptions(**options), loaded_before_plan=speech.load) as engine:
+    with _engine(model, options, speech.load) as engine:
         _load(engine, quiet=text.quiet)
         conversation = _Conversation(engine, speech)
         while (message := _ask(quiet=text.quiet)) is not None:
@@ -290,6 +291,12 @@ def _ask(*, quiet: bool) -> str | None:
     except (click.Abort, EOFError):
         return None
     return str(line) or None
+
+
+def _engine(model: Path, options: dict[str, Any], loaded_before_plan: Callable[[FlashModel], object]) -> Engine:
+    if not is_compiled(options["backend"]):
+        click.echo("compiling kernels for this processor; this happens once and takes about a minute", err=True)
+    return Engine(model, EngineOptions(**options), loaded_before_plan=loaded_before_plan)
 
 
 def _load(engine: Engine, *, quiet: bool) -> None:

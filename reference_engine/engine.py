@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 import flashfmt
 from flashfmt import FlashModel
+from flashfmt.encodings import Encoding
 from flashfmt.errors import PromptError
 from reference_engine.backends import Backend, BackendName, load_backend
 from reference_engine.exact_bundles import ExactBundles, Verify, model_blocks
 from reference_engine.flash_io import IoCounters
 from reference_engine.kv_cache import KvCache, KvType, kv_cache_nbytes
-from reference_engine.machine import automatic_ceiling, resident_nbytes
+from reference_engine.machine import automatic_ceiling, resident_nbytes, trim_heap
 from reference_engine.models.decoder_stack import DecoderStack
 from reference_engine.plan import FixedParts, MemoryPlan, plan_memory
 from reference_engine.residents import (
@@ -152,8 +153,10 @@ class Engine:
         try:
             self.context_tokens = self._choose_context()
             self._backend = load_backend(self.options.backend, self.options.n_threads)
+            self._backend.prepare(_encodings(self.model))
             if loaded_before_plan is not None:
                 loaded_before_plan(self.model)
+            trim_heap()  # reading a tokenizer leaves megabytes of freed memory
             self.plan = self._plan(self._backend)
         except BaseException:
             self.model.close()
@@ -258,3 +261,9 @@ class Engine:
         widths = 6 * d.d_model + 2 * (a.n_heads + a.n_kv_heads) * a.head_dim + 3 * block_neurons
         scores = self._backend.n_threads * self.context_tokens
         return 4 * (n_tokens * widths + scores + 6 * d.vocab_size)
+
+
+def _encodings(model: FlashModel) -> set[Encoding]:
+    """Encodings of the weights of a model; vectors are f32, and so are computed ones."""
+    stored = {info.encoding for info in model.tensors.values()} | {info.encoding for info in model.layers}
+    return {encoding for encoding in stored if encoding.is_weight}

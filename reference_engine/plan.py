@@ -15,7 +15,7 @@ from reference_engine.bundle_blocks import Block, choose_pinned, pinned_nbytes
 from reference_engine.sizes import format_size
 
 RING_SLOTS: Final = 4  # one in use, one or two being read, one ready
-_MARGIN_BYTES: Final = 24 << 20  # allocator slack, thread stacks, objects made while generating
+_MARGIN_BYTES: Final = 8 << 20  # allocator slack, thread stacks, objects made while generating
 _MARGIN_SHARE: Final = 100  # and one hundredth of all that is held
 
 

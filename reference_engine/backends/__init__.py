@@ -13,7 +13,16 @@ from reference_engine.backends.protocol import FFN_BLOCK_NEURONS, Backend, FfnSh
 
 BackendName = Literal["auto", "numba", "numpy"]
 
-__all__ = ["FFN_BLOCK_NEURONS", "Backend", "BackendName", "FfnShape", "Matrix", "load_backend"]
+__all__ = ["FFN_BLOCK_NEURONS", "Backend", "BackendName", "FfnShape", "Matrix", "is_compiled", "load_backend"]
+
+
+def is_compiled(name: BackendName = "auto") -> bool:
+    """Whether loading a backend takes no compilation: its kernels are in the disk cache, or it has none."""
+    if name == "numpy" or importlib.util.find_spec("numba") is None:
+        return True
+    from reference_engine.backends.numba_runtime import are_kernels_cached
+
+    return are_kernels_cached()
 
 
 def load_backend(name: BackendName = "auto", n_threads: int | None = None) -> Backend:

@@ -9,6 +9,7 @@ Knows: arrays and which kernel takes them. Does not know: files, layers, caches.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numba
@@ -51,6 +52,10 @@ class NumbaBackend:
     def n_threads(self) -> int:
         """Threads that share the work of one call."""
         return self._n_threads
+
+    def prepare(self, encodings: Iterable[Encoding]) -> None:
+        """See `Backend.prepare`."""
+        compile_kernels(encodings)
 
     def matmul(
         self, matrix: Matrix, x: F32Array, out: F32Array | None = None, bias: F32Array | None = None
@@ -158,10 +163,10 @@ class NumbaBackend:
             ffn_many(*stored, *biases, *functions, xa, n_tokens, out, self._n_threads)
 
 
-def compile_kernels() -> None:
-    """Compile every kernel for every encoding, or load it from the disk cache; runs none."""
+def compile_kernels(encodings: Iterable[Encoding] = TAGS) -> None:
+    """Compile every kernel for `encodings`, or load it from the disk cache; runs none."""
     integers = {"int": types.int64, "float": types.float64, "Any": types.float32[:, ::1]}
-    tags = [typeof(tag) for tag in TAGS.values()]
+    tags = [typeof(TAGS[encoding]) for encoding in encodings]
     kv_tags = [typeof(tag) for tag in _KV_TAGS.values()]
     families: list[tuple[Any, list[Any]]] = [
         (matmul_one, tags), (matmul_many, tags), (ffn_one, tags), (ffn_many, tags),

@@ -7,13 +7,13 @@ Knows: arrays. Does not know: files, layers, caches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from flashfmt.encodings import decode
+from flashfmt.encodings import Encoding, decode
 from reference_engine.backends.activations import activate
 from reference_engine.backends.protocol import FFN_BLOCK_NEURONS, F32Array, FfnShape, IdArray, Matrix, Pairing
 
@@ -25,6 +25,9 @@ class NumpyBackend:
 
     name: Final = "numpy"
     n_threads: Final = 1
+
+    def prepare(self, encodings: Iterable[Encoding]) -> None:
+        """See `Backend.prepare`; numpy needs no preparation."""
 
     def matmul(
         self, matrix: Matrix, x: F32Array, out: F32Array | None = None, bias: F32Array | None = None

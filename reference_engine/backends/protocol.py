@@ -15,6 +15,7 @@ Two promises hold for `Backend.ffn`, so that exact mode gives the same bits at e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
@@ -117,6 +118,9 @@ class Backend(Protocol):
     @property
     def n_threads(self) -> int:
         """Threads that share the work of one call."""
+
+    def prepare(self, encodings: Iterable[Encoding]) -> None:
+        """Load all that working with these encodings takes, so that no later call is slower or takes memory for it."""
 
     def matmul(
         self, matrix: Matrix, x: F32Array, out: F32Array | None = None, bias: F32Array | None = None
