@@ -3,7 +3,7 @@
     checkpoint (Hugging Face safetensors directory, hub id, or GGUF file)
       -> families           the decoder and where each array comes from; one small file a family
       -> plan               encodings and checks; everything refusable without reading weights
-      -> perform            weights read ahead, checked, re-encoded, interleaved, written
+      -> perform            weights read, checked, re-encoded, interleaved, written
 
 Knows: the order of these steps. Does not know: what happens inside them.
 """

@@ -52,15 +52,16 @@ class _Metadata:
     def __init__(self, metadata: Mapping[str, Any], path: Path) -> None:
         self.values = metadata
         self.path = path
-        self.architecture = metadata.get("general.architecture")
-        if self.architecture not in _ARCHITECTURES:
+        architecture = metadata.get("general.architecture")
+        if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
             raise CheckpointError(
                 "unsupported GGUF architecture",
                 path=path,
                 where="general.architecture",
                 expected="one of " + ", ".join(_ARCHITECTURES),
-                actual=self.architecture,
+                actual=architecture,
             )
+        self.architecture = architecture
 
     def refuse(self, key: str, reason: str, expected: object) -> NoReturn:
         name = f"{self.architecture}.{key}"
@@ -119,7 +120,7 @@ def config_from_metadata(
     if embedding is None:
         raise CheckpointError("no token embedding", path=path, where="token_embd.weight")
     config = {
-        "architectures": [_ARCHITECTURES[str(m.architecture)]],
+        "architectures": [_ARCHITECTURES[m.architecture]],
         "model_type": m.architecture,
         "vocab_size": embedding[0],
         "hidden_size": d_model,
