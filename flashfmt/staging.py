@@ -30,9 +30,9 @@ from flashfmt.output import remove, start_writeback, sync_file, write_at, write_
 from flashfmt.zip_writer import ZipWriter
 
 SYNC_NBYTES: Final = 256 << 20
-PIECE_NBYTES: Final = 1 << 20
 BLOCK_NBYTES: Final = 8 << 20
 FILE_SUFFIX: Final = ".flash"
+_N_THREADS: Final = 2  # one writes while one waits for what was written before
 
 
 class ContainerWriter(Protocol):
@@ -55,8 +55,9 @@ class ContainerWriter(Protocol):
 class Payload:
     """One payload that is being written, from its first byte to its last."""
 
-    def __init__(self, container: ContainerWriter, key: str, offset: int) -> None:
+    def __init__(self, container: ContainerWriter, key: str, offset: int, executor: ThreadPoolExecutor) -> None:
         self._container = container
+        self._executor = executor
         self._key = key
         self._offset = offset
         self._nbytes = 0
@@ -64,15 +65,14 @@ class Payload:
         self._crc32c = 0
 
     def append(self, block: Bytes) -> None:
-        """Write a contiguous block, in pieces that stay in the processor's cache while they are summed and copied."""
+        """Write a contiguous block, and sum it meanwhile."""
         fd, path = self._container.descriptor(self._key)
         start = self._offset + self._nbytes
-        for first in range(0, block.nbytes, PIECE_NBYTES):
-            piece = block[first : first + PIECE_NBYTES]
-            if self._container.needs_crc32:
-                self._crc32 = zlib.crc32(piece.data, self._crc32)
-            self._crc32c = google_crc32c.extend(self._crc32c, piece)
-            write_at(fd, piece, start + first, path)
+        written = self._executor.submit(write_at, fd, block, start, path)
+        if self._container.needs_crc32:
+            self._crc32 = zlib.crc32(block.data, self._crc32)
+        self._crc32c = google_crc32c.extend(self._crc32c, block)
+        written.result()
         start_writeback(fd, start, block.nbytes)
         self._nbytes += block.nbytes
 
@@ -161,7 +161,7 @@ class Staging:
         except BaseException:
             self._release()
             raise
-        self._executor = ThreadPoolExecutor(1, "flashfmt-sync")
+        self._executor = ThreadPoolExecutor(_N_THREADS, "flashfmt-output")
 
     def refuse_existing(self) -> None:
         """Raise FlashWriteError if the target exists and may not be replaced."""
@@ -180,7 +180,8 @@ class Staging:
 
     def begin_payload(self, key: str, nbytes: int) -> Payload:
         """Reserve room for the next payload. Payloads are appended to in the order in which they are begun."""
-        return Payload(self.container, key, self.container.place(key, nbytes, self._alignments[key]))
+        offset = self.container.place(key, nbytes, self._alignments[key])
+        return Payload(self.container, key, offset, self._threads())
 
     def commit(self, unit: Unit) -> None:
         """Take note of sealed payloads that belong together; from time to time, make what is written safe."""
@@ -277,10 +278,13 @@ class Staging:
 
     def _start_sync(self) -> None:
         self._await_sync()
+        units, self._pending, self._pending_nbytes = self._pending, [], 0
+        self._syncing = self._threads().submit(self._make_safe, self.container.syncer(), units)
+
+    def _threads(self) -> ThreadPoolExecutor:
         if self._executor is None:
             raise FlashError("the writer is not open", path=self.target)
-        units, self._pending, self._pending_nbytes = self._pending, [], 0
-        self._syncing = self._executor.submit(self._make_safe, self.container.syncer(), units)
+        return self._executor
 
     def _make_safe(self, sync: Callable[[], None], units: list[Unit]) -> None:
         """Wait until bytes are stored, then say so in the journal."""
