@@ -25,7 +25,7 @@ from reference_engine.flash_io import (
     StreamRange,
     aligned_empty,
 )
-from reference_engine.models.weights import BundleBlock
+from reference_engine.models.weights import F32, BundleBlock, TapPoint
 from reference_engine.plan import RING_SLOTS
 
 Verify = Literal["never", "first", "always"]
@@ -83,8 +83,11 @@ class ExactBundles:
             ranges = [StreamRange(self._file(block), block.offset, block.nbytes) for block in self._streamed]
             self._stream = CyclicStream(ranges, n_slots=RING_SLOTS, check=self._check_arrival)
 
-    def blocks(self, layer: int) -> Iterator[BundleBlock]:
-        """Blocks of a layer in neuron order; each is valid until the next is asked for.
+    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
+        """Nothing to look ahead for: every neuron is wanted anyway."""
+
+    def blocks(self, layer: int, x: F32 | None = None) -> Iterator[BundleBlock]:
+        """Blocks of a layer in neuron order, whatever `x`; each is valid until the next is asked for.
 
         Raises
         ------

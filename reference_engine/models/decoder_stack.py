@@ -151,6 +151,7 @@ class DecoderStack:
     def _attention(self, index: int, layer: Layer, x: F32, kv_cache: KvCache, rotation: _Rotation | None) -> F32:
         a, w, b = self.decoder.attention, self._layers[index], self._backend
         n_tokens = len(x)
+        self._bundles.tap(index, "attention_input", x)
         q = b.matmul(w.q, x, bias=w.q_bias)  # (n_tokens, n_heads * head_dim)
         k = b.matmul(w.k, x, bias=w.k_bias)
         v = b.matmul(w.v, x, bias=w.v_bias)
@@ -165,12 +166,15 @@ class DecoderStack:
         mixed = b.attend(
             q, keys, values, n_past=kv_cache.n_tokens, scale=a.scale, window=layer.attention_window_tokens
         )  # (n_tokens, n_heads, head_dim)
-        return b.matmul(w.output, mixed.reshape(n_tokens, a.n_heads * a.head_dim), bias=w.output_bias)
+        out = b.matmul(w.output, mixed.reshape(n_tokens, a.n_heads * a.head_dim), bias=w.output_bias)
+        self._bundles.tap(index, "attention_output", out)
+        return out
 
     def _feed_forward(self, index: int, x: F32) -> F32:
         w = self._layers[index]
         out = np.zeros_like(x) if w.down_bias is None else np.tile(w.down_bias, (len(x), 1))
-        for block in self._bundles.blocks(index):
+        self._bundles.tap(index, "ffn_input", x)
+        for block in self._bundles.blocks(index, x):
             up_bias = None if w.up_bias is None else w.up_bias[block.neurons]
             gate_bias = None if w.gate_bias is None else w.gate_bias[block.neurons]
             self._backend.ffn(w.ffn_shape, block.rows, block.slots, x, out, up_bias=up_bias, gate_bias=gate_bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,22 +12,30 @@ import numpy.typing as npt
 from reference_engine.backends import Matrix
 
 F32 = npt.NDArray[np.float32]
+TapPoint = Literal["attention_input", "attention_output", "ffn_input"]
 
 
 @dataclass(frozen=True, slots=True)
 class BundleBlock:
-    """Bundles of the neurons `neurons` of a layer; bundle j is ``rows[slots[j]]``, or ``rows[j]`` without slots."""
+    """Bundles of the neurons `neurons` of a layer; bundle j is ``rows[slots[j]]``, or ``rows[j]`` without slots.
 
-    neurons: slice
+    `neurons` is a slice for consecutive neurons, else their ids, int32 [n].
+    """
+
+    neurons: slice | npt.NDArray[np.int32]
     rows: npt.NDArray[np.uint8]
     slots: npt.NDArray[np.int32] | None = None
 
 
 class BundleSource(Protocol):
-    """Hands out the bundles that a layer's FFN is to be computed with."""
+    """Hands out the bundles that an FFN is computed with. Layers are asked for in order, pass after pass."""
 
-    def blocks(self, layer: int) -> Iterable[BundleBlock]:
-        """Blocks of a layer; each is valid until the next is asked for."""
+    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
+        """Show an activation [n_tokens, d_model] as soon as it is known, to whom it may help to look ahead."""
+        ...
+
+    def blocks(self, layer: int, x: F32) -> Iterable[BundleBlock]:
+        """Blocks of a layer for the FFN input `x` [n_tokens, d_model]; each is valid until the next is asked for."""
         ...
 
 
