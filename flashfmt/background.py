@@ -24,7 +24,6 @@ class Background:
     def __init__(self, n_ahead: int) -> None:
         self._steps: queue.Queue[Step | None] = queue.Queue(n_ahead)
         self._error: BaseException | None = None
-        self._cancelled = False
         self._thread = threading.Thread(target=self._run, name="flashfmt-writer", daemon=True)
         self._thread.start()
 
@@ -42,21 +41,19 @@ class Background:
 
     def finish(self) -> None:
         """Run what is queued, end the thread, and raise what a step raised."""
-        self._steps.put(_STOP)
-        self._thread.join()
+        self.close()
         if self._error is not None:
             raise self._error
 
-    def cancel(self) -> None:
-        """Drop what is queued, let the step that runs end, and end the thread; raises nothing."""
-        self._cancelled = True
+    def close(self) -> None:
+        """Run what is queued, unless a step has failed, and end the thread; raises nothing."""
         if self._thread.is_alive():
             self._steps.put(_STOP)
             self._thread.join()
 
     def _run(self) -> None:
         while (step := self._steps.get()) is not _STOP:
-            if self._error is None and not self._cancelled:
+            if self._error is None:
                 try:
                     step()
                 except BaseException as error:  # noqa: BLE001 - handed to the caller's thread

@@ -120,7 +120,7 @@ def _copy(source: Path, target: Path, kind: ContainerKind, overwrite: bool, prog
             background.finish()
             staging.publish(documents, _open_once)
         finally:
-            background.cancel()
+            background.close()
             staging.suspend()
 
 

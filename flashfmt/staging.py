@@ -113,6 +113,8 @@ class Staging:
         fingerprint: str,
         overwrite: bool,
     ) -> None:
+        if target.name in ("", ".."):
+            raise FlashWriteError("not a name that a model can take", path=target)
         self.target = target
         self.partial = target.with_name(target.name + ".partial")
         self.done: dict[str, StoredPayload] = {}
@@ -197,7 +199,8 @@ class Staging:
         Raises
         ------
         FlashWriteError
-            If anything cannot be stored; the target is then what it was, and the partial is kept.
+            If anything cannot be stored: the target is what it was, and the partial is kept. Only if the directory
+            alone cannot be, the target is the whole new model, and a power failure may undo that.
         """
         self._flush()
         self.container.finish(documents)
@@ -205,10 +208,10 @@ class Staging:
         check(self.partial)
         self.refuse_existing()
         _replace(self.partial, self.target)
-        sync_file(self.target.parent)
         if self._journal is not None:
             self._journal.remove()
         self._release()
+        sync_file(self.target.parent)
 
     def suspend(self) -> None:
         """Make what is complete safe, as far as the system allows, and release everything; raises nothing."""

@@ -116,7 +116,7 @@ class FlashWriter:
                 self._finish()
         finally:
             if self._background is not None:
-                self._background.cancel()
+                self._background.close()
                 self._background = None
             self._staging.suspend()
 

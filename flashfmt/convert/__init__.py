@@ -138,7 +138,7 @@ def convert(
                 if progress is not None:
                     progress(done, total)
 
-            for role, file in checkpoint.files.items():
+            for role, file in sorted(checkpoint.files.items()):
                 writer.write_file(role, file.content)
             write_weights(checkpoint, plan, writer, advance)
         return ConversionReport(

@@ -339,3 +339,79 @@ def container(request: pytest.FixtureRequest) -> str:
 def pack_zip() -> Any:
     """The function that writes entries as a single file."""
     return zip_model
+
+
+class Writing:
+    """Writes again, through FlashWriter, what an open model holds."""
+
+    @staticmethod
+    def declaration(source: Any, codec: str = "raw") -> dict[str, Any]:
+        """What FlashWriter is told of the arrays of a model."""
+        from flashfmt import BundlesSpec, FileSpec, TensorSpec
+
+        tensors = [t for name, t in source.tensors.items() if not name.endswith("bundle_crc32c")]
+        return {
+            "manifest": source.manifest,
+            "tensors": [TensorSpec(t.name, t.encoding, t.shape, codec) for t in tensors],
+            "bundles": [
+                BundlesSpec(b.layer, b.encoding, b.parts, b.geometry.n_neurons, b.d_model) for b in source.layers
+            ],
+            "files": [FileSpec.of(role, file.filename, source.file(role)) for role, file in source.files.items()],
+        }
+
+    @classmethod
+    def fill(cls, writer: Any, source: Any) -> None:
+        """Give a writer every array that it does not have: files, tensors, bundles."""
+        for role in source.files:
+            writer.write_file(role, source.file(role))
+        for name in source.tensors:
+            if not name.endswith("bundle_crc32c") and not writer.is_done(name):
+                writer.write_tensor(name, source.tensor(name).data)
+        for info in source.layers:
+            if not writer.is_done(info.name):
+                cls.fill_bundles(writer, source, info.layer)
+
+    @staticmethod
+    def fill_bundles(writer: Any, source: Any, layer: int, n_block: int = 4) -> None:
+        """Give a writer the bundles of a layer, in blocks."""
+        bundles = source.bundles(layer)
+        rows = np.stack([bundles.bundle(i) for i in range(source.layers[layer].geometry.n_neurons)])
+        with writer.bundles(layer) as sink:
+            for start in range(0, len(rows), n_block):
+                sink.append(rows[start : start + n_block])
+
+    @classmethod
+    def copy(cls, source: Any, path: Path, *, codec: str = "raw", **options: Any) -> Path:
+        """Write all of a model to `path`."""
+        from flashfmt import FlashWriter
+
+        with FlashWriter(path, **cls.declaration(source, codec), **{"fingerprint": "test"} | options) as writer:
+            cls.fill(writer, source)
+        return path
+
+
+@pytest.fixture
+def writing() -> type[Writing]:
+    """Writing models through FlashWriter."""
+    return Writing
+
+
+@pytest.fixture
+def source(model: TinyModel, tmp_path: Path) -> Any:
+    """The small model, open; a source of values."""
+    import flashfmt
+
+    with flashfmt.open(model.write_file(tmp_path / "source.flash")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def content() -> Any:
+    """A function: all bytes of a file, or of every file of a directory by key."""
+
+    def read(path: Path) -> Any:
+        if path.is_file():
+            return path.read_bytes()
+        return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+    return read
