@@ -49,18 +49,29 @@ class NeuronWindow(Protocol):
 
 
 class RecentTokens:
-    """The paper's rule: hold the union of the active neurons of the last `k` tokens, k >= 1."""
+    """The paper's rule: hold the union of the active neurons of the last `k` tokens, k >= 1.
 
-    def __init__(self, n_neurons: int, k: int) -> None:
+    Where that union outgrows `capacity`, the least recently active of it leave early; None sets no limit.
+    """
+
+    def __init__(self, n_neurons: int, k: int, capacity: int | None = None) -> None:
         if k < 1:
             raise ValueError(f"a window holds at least one token, not {k}")
+        self._capacity = n_neurons if capacity is None else capacity
         self._last_active = np.full(n_neurons, -1, np.int64)  # index of the token that used a neuron last
         self._held = np.zeros(n_neurons, np.bool_)
         self._recent: deque[Ids] = deque(maxlen=k)
         self._token = 0
 
     def step(self, active: Ids) -> WindowStep:
-        """Evicted are the held neurons that none of the last k tokens, this one included, used."""
+        """Evicted are the held neurons that none of the last k tokens, this one included, used.
+
+        Raises
+        ------
+        ValueError
+            If more neurons are active than there is room for; feed them in parts.
+        """
+        _require_room(active, self._capacity)
         leaving = self._recent[0] if len(self._recent) == self._recent.maxlen else active[:0]
         is_held = self._held[active]
         oldest = self._token - len(self._recent)
@@ -70,6 +81,11 @@ class RecentTokens:
         self._token += 1
         self._held[active] = True
         self._held[evicted] = False
+        n_held = int(np.count_nonzero(self._held))
+        if n_held > self._capacity:
+            excess = _least_recent(self._held, self._last_active, n_held - self._capacity)
+            self._held[excess] = False
+            evicted = np.sort(np.concatenate((evicted, excess)))
         return WindowStep(active[is_held], active[~is_held], evicted)
 
     def forget(self, ids: Ids) -> None:
@@ -101,13 +117,12 @@ class LeastRecent:
         ValueError
             If more neurons are active than there is room for; feed them in parts.
         """
-        if len(active) > self.capacity:
-            raise ValueError(f"{len(active)} active neurons exceed the capacity of {self.capacity}")
+        _require_room(active, self.capacity)
         is_held = self._held[active]
         missing = active[~is_held]
         self._last_active[active] = self._token
         self._token += 1
-        evicted = self._choose(self._n_held + len(missing) - self.capacity)
+        evicted = _least_recent(self._held, self._last_active, self._n_held + len(missing) - self.capacity)
         self._held[evicted] = False
         self._held[missing] = True
         self._n_held += len(missing) - len(evicted)
@@ -122,14 +137,21 @@ class LeastRecent:
         """Neurons held now, sorted."""
         return np.flatnonzero(self._held).astype(np.int32)
 
-    def _choose(self, n: int) -> Ids:
-        held = np.flatnonzero(self._held).astype(np.int32)
-        if n <= 0:
-            return held[:0]
-        age = self._last_active[held]
-        if n < len(held):
-            limit = np.partition(age, n - 1)[n - 1]  # every neuron older than this goes, and some of exactly this age
-            older, equal = held[age < limit], held[age == limit]
-            held = np.concatenate((older, equal[: n - len(older)]))
-        held.sort()
-        return held
+
+def _require_room(active: Ids, capacity: int) -> None:
+    if len(active) > capacity:
+        raise ValueError(f"{len(active)} active neurons exceed the capacity of {capacity}")
+
+
+def _least_recent(is_held: npt.NDArray[np.bool_], last_active: npt.NDArray[np.int64], n: int) -> Ids:
+    """The `n` held neurons that were active longest ago, lowest id first among equals; sorted."""
+    held = np.flatnonzero(is_held).astype(np.int32)
+    if n <= 0:
+        return held[:0]
+    age = last_active[held]
+    if n < len(held):
+        limit = np.partition(age, n - 1)[n - 1]  # every neuron older than this goes, and some of exactly this age
+        older, equal = held[age < limit], held[age == limit]
+        held = np.concatenate((older, equal[: n - len(older)]))
+    held.sort()
+    return held
