@@ -21,7 +21,8 @@ from flashfmt import FlashModel
 from flashfmt.encodings import Encoding
 from flashfmt.errors import PromptError
 from reference_engine.backends import Backend, BackendName, load_backend
-from reference_engine.exact_bundles import ExactBundles, Verify, model_blocks
+from reference_engine.bundle_checksums import Verify
+from reference_engine.exact_bundles import ExactBundles, model_blocks
 from reference_engine.flash_io import IoCounters
 from reference_engine.kv_cache import KvCache, KvType, kv_cache_nbytes
 from reference_engine.machine import automatic_ceiling, resident_nbytes, trim_heap

@@ -7,16 +7,14 @@ which were pinned.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from flashfmt import FlashModel
-from flashfmt.errors import ChecksumError
 from flashfmt.layout import round_up
 from reference_engine.bundle_blocks import Block, split_layer
+from reference_engine.bundle_checksums import Verify, require_checksums
 from reference_engine.flash_io import (
     IO_ALIGNMENT,
     CyclicStream,
@@ -28,7 +26,6 @@ from reference_engine.flash_io import (
 from reference_engine.models.weights import F32, BundleBlock, TapPoint
 from reference_engine.plan import RING_SLOTS
 
-Verify = Literal["never", "first", "always"]
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -136,16 +133,6 @@ class ExactBundles:
 
     def _check(self, block: Block, data: Bytes) -> None:
         info = self._model.layers[block.layer]
-        expected = self._model.bundles(block.layer).checksums[block.first : block.first + block.n_neurons]
-        rows = self._rows(block, data[: block.nbytes])[:, : info.geometry.row_nbytes]
-        for i, row in enumerate(rows):
-            actual = google_crc32c.value(row)
-            if actual != expected[i]:
-                raise ChecksumError(
-                    f"bundle of layer {block.layer}, neuron {block.first + i} does not match its checksum",
-                    path=info.extent.path,
-                    where=block.offset + i * info.geometry.stride,
-                    rule="FF-SUM-5",
-                    expected=f"{int(expected[i]):08x}",
-                    actual=f"{actual:08x}",
-                )
+        neurons = range(block.first, block.first + block.n_neurons)
+        checksums = self._model.bundles(block.layer).checksums
+        require_checksums(info, neurons, self._rows(block, data[: block.nbytes]), checksums)

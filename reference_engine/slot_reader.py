@@ -69,6 +69,10 @@ class ReadBatch(Protocol):
         """Put what is still to be read before everything that is only expected."""
         ...
 
+    def cancel(self) -> list[int]:
+        """Give up what was not begun; returns the places of these rows, which count as neither arrived nor failed."""
+        ...
+
 
 def plan_requests(rows: Indices, stride: int) -> list[tuple[int, int]]:
     """Cut sorted, unique row numbers into requests.
@@ -177,10 +181,11 @@ class SlotReader:
 
     def _promote(self, batch: _Batch) -> None:
         with self._available:
-            moved = [task for task in self._expected if task[0] is batch]
-            if moved:
-                self._expected = deque(task for task in self._expected if task[0] is not batch)
-                self._demanded.extend(moved)
+            self._demanded.extend((batch, i) for i in _taken_out(self._expected, batch))
+
+    def _withdraw(self, batch: _Batch) -> list[int]:
+        with self._available:
+            return _taken_out(self._demanded, batch) + _taken_out(self._expected, batch)
 
     def _work(self) -> None:
         bounce: Bytes | None = None
@@ -281,17 +286,27 @@ class _Batch:
         """See `ReadBatch.demand`."""
         self._reader._promote(self)
 
+    def cancel(self) -> list[int]:
+        """See `ReadBatch.cancel`."""
+        withdrawn = self._reader._withdraw(self)
+        for index in withdrawn:
+            self._finish(index, {})
+        return [i for index in withdrawn for i in range(*self.requests[index])]
+
     def perform(self, index: int, bounce: Bytes | None) -> tuple[int, int]:
         """Read one request; returns (requests, bytes) that were asked of the system."""
         first, last = self.requests[index]
         cost, failures = self._read(first, last, bounce)
+        self._finish(index, failures)
+        return cost
+
+    def _finish(self, index: int, failures: dict[int, FlashReadError]) -> None:
         with self._changed:
             self._failures.update(failures)
             self._is_done[index] = True
             while self._n_done < self.n_requests and self._is_done[self._n_done]:
                 self._n_done += 1
             self._changed.notify_all()
-        return cost
 
     def _read(self, first: int, last: int, bounce: Bytes | None) -> tuple[tuple[int, int], dict[int, FlashReadError]]:
         """Read rows `first` to `last`; one by one where they fail together, to know which of them cannot be read."""
@@ -333,6 +348,20 @@ class _Batch:
 
 
 _GAP: Final = aligned_empty(GAP_BYTES).data  # where the bytes between wanted rows go; never looked at
+
+
+def _taken_out(queue: deque[tuple[_Batch, int]], batch: _Batch) -> list[int]:
+    """Remove the requests of a batch from a queue; returns their numbers."""
+    kept, taken = [], []
+    for task in queue:
+        if task[0] is batch:
+            taken.append(task[1])
+        else:
+            kept.append(task)
+    if taken:
+        queue.clear()
+        queue.extend(kept)
+    return taken
 
 
 def _allows(fd: int, alignment: int) -> bool:

@@ -177,3 +177,17 @@ def test_demanded_rows_are_read_before_expected_ones(tmp_path, monkeypatch):
     late.wait(9)
     reader.close()
     assert order[:18] == [*(spread + 5).tolist(), *(spread + 7).tolist()]
+
+
+def test_cancelled_rows_are_named_and_not_read(tmp_path):
+    path = tmp_path / "rows.bin"
+    path.write_bytes(bytes(100 * 4096))
+    spread = np.arange(10, 100, 10, dtype=np.int32)
+    reader = SlotReader(0)
+    batch = reader.submit(RowTable(path, 0, 4096), spread, matrix(9, 4096), np.arange(9, dtype=np.int32), expected=True)
+    assert batch.cancel() == list(range(9))
+    batch.wait(9)
+    assert batch.failures() == {}
+    assert batch.cancel() == []
+    reader.close()
+    assert reader.counters.n_requests == 0
