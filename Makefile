@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= .cache/demo
 DEMO_MEMORY ?= 340MiB
-DEMO_PROMPT ?= Why is the sky blue? Answer in two sentences.
+DEMO_PROMPT ?= What is the capital of France, and what is it famous for?
 
 .PHONY: demo test test-slow lint bench clean
 
@@ -29,7 +29,7 @@ demo: $(VENV)/demo.stamp
 		$(DEMO_DIR)/smollm2-135m.flash --name SmolLM2-135M-Instruct --encoding f32 --residents f16 --overwrite
 	$(BIN)/flashfmt inspect $(DEMO_DIR)/smollm2-135m.flash
 	$(BIN)/flashfmt run $(DEMO_DIR)/smollm2-135m.flash --chat --memory $(DEMO_MEMORY) --context 256 --kv f16 \
-		--temperature 0 --max-tokens 80 "$(DEMO_PROMPT)"
+		--temperature 0 --max-tokens 120 "$(DEMO_PROMPT)"
 
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
