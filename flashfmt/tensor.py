@@ -7,18 +7,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, NoReturn
+from typing import Final, Literal, NoReturn
 
 import numpy as np
 
 from flashfmt.container import Bytes, Extent
 from flashfmt.encodings import Array, Encoding, F32Array, PartLayout, decode
-from flashfmt.errors import FlashFormatError
+from flashfmt.errors import FlashFormatError, UnsupportedError
 from flashfmt.layout import BundleGeometry
 
 Compression = Literal["raw", "zstd", "blosc"]
 
+# Limits of this reader, against bombs (FF-RD-12). Weights hardly compress to half; even masks do not come near.
+FREE_DECOMPRESSED_BYTES: Final = 16 << 20
+MAX_EXPANSION: Final = 256
+
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_ZSTD_BLOCK_HEADER_NBYTES = 3
+_ZSTD_RLE_BLOCK = 1
+_ZSTD_CHECKSUM_NBYTES = 4
 _BLOSC_HEADER_NBYTES = 16
 
 
@@ -97,6 +104,8 @@ def stored_tensor(info: TensorInfo, payload: Bytes) -> StoredTensor:
     FlashFormatError
         FF-TEN-3, if a compressed payload does not hold exactly the bytes that the shape calls for. The size it
         states is compared before any memory is taken for it.
+    UnsupportedError
+        If a compressed payload of more than 16 MiB decompressed expands more than 256 times.
     """
     raw = payload if info.codec == "raw" else decompress(info, payload)
     data = raw.view(info.encoding.storage_dtype).reshape(info.storage_shape)
@@ -105,7 +114,7 @@ def stored_tensor(info: TensorInfo, payload: Bytes) -> StoredTensor:
 
 
 def decompress(info: TensorInfo, payload: Bytes) -> Bytes:
-    """Decompressed bytes of a compressed tensor, a new uint8 array of ``info.nbytes``."""
+    """Decompressed bytes of a compressed tensor, a new uint8 array of ``info.nbytes``; raises as `stored_tensor`."""
 
     def fail(message: str, actual: object) -> NoReturn:
         raise FlashFormatError(
@@ -120,6 +129,13 @@ def decompress(info: TensorInfo, payload: Bytes) -> Bytes:
     stated = _zstd_content_nbytes(payload) if info.codec == "zstd" else _blosc_content_nbytes(payload)
     if stated != info.nbytes:
         fail(f"the {info.codec} frame does not state the size of the array", stated)
+    most = max(FREE_DECOMPRESSED_BYTES, MAX_EXPANSION * payload.nbytes)
+    if info.nbytes > most:
+        message = "a compressed tensor takes more memory than this reader gives for its stored bytes"
+        path = info.extent.path
+        raise UnsupportedError(message, path=path, where=info.name, expected=f"at most {most}", actual=info.nbytes)
+    if info.codec == "zstd" and _zstd_frame_nbytes(payload) != payload.nbytes:
+        fail("the payload is not exactly one zstd frame", f"{payload.nbytes} bytes stored")
     out = np.empty(info.nbytes, np.uint8)
     try:
         if info.codec == "zstd":
@@ -135,19 +151,40 @@ def decompress(info: TensorInfo, payload: Bytes) -> Bytes:
     return out
 
 
+def _zstd_size_field(descriptor: int) -> tuple[int, int]:
+    """Place and length of the content size in a Zstandard frame whose header has this descriptor."""
+    single_segment = descriptor >> 5 & 1
+    position = 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    return position, (single_segment, 2, 4, 8)[descriptor >> 6]
+
+
 def _zstd_content_nbytes(frame: Bytes) -> int | None:
     """Content size in the header of a Zstandard frame (RFC 8878, 3.1.1.1), or None where there is none."""
     head = frame[:18].tobytes()
     if len(head) < 6 or head[:4] != _ZSTD_MAGIC:
         return None
-    descriptor = head[4]
-    single_segment = descriptor >> 5 & 1
-    position = 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
-    n_size = (single_segment, 2, 4, 8)[descriptor >> 6]
+    position, n_size = _zstd_size_field(head[4])
     field = head[position : position + n_size]
     if n_size == 0 or len(field) < n_size:
         return None
     return int.from_bytes(field, "little") + (256 if n_size == 2 else 0)
+
+
+def _zstd_frame_nbytes(frame: Bytes) -> int:
+    """Length of the Zstandard frame at the start of these bytes, by the headers of its blocks (RFC 8878, 3.1.1.2).
+
+    The decompressor also takes what may follow: more frames, empty ones and skippable ones, whose bytes show nowhere.
+    """
+    memory = frame.data
+    descriptor = memory[4]
+    position = sum(_zstd_size_field(descriptor))
+    last = False
+    while not last and position + _ZSTD_BLOCK_HEADER_NBYTES <= len(memory):
+        header = int.from_bytes(memory[position : position + _ZSTD_BLOCK_HEADER_NBYTES], "little")
+        last = bool(header & 1)
+        stored_nbytes = 1 if header >> 1 & 3 == _ZSTD_RLE_BLOCK else header >> 3
+        position += _ZSTD_BLOCK_HEADER_NBYTES + stored_nbytes
+    return position + (_ZSTD_CHECKSUM_NBYTES if descriptor & 4 else 0)
 
 
 def _blosc_content_nbytes(frame: Bytes) -> int | None:
