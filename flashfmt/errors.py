@@ -16,6 +16,7 @@ EXIT_CORRUPT = 3
 EXIT_UNSUPPORTED = 4
 
 _MISSING: Any = object()
+_MAX_EVIDENCE_CHARACTERS = 500
 
 
 class FlashError(Exception):
@@ -52,13 +53,21 @@ class FlashError(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
-        place = f"byte {self.where}" if isinstance(self.where, int) else self.where
+        place = f"byte {self.where}" if isinstance(self.where, int) else printable(self.where or "")
         head = " at ".join(part for part in (self.rule, place) if part)
         parts = [str(self.path) if self.path else None, head or None, self.message]
         text = ": ".join(part for part in parts if part)
         if self._has_evidence:
-            text += f" (expected {self.expected}, got {self.actual})"
+            text += f" (expected {printable(self.expected)}, got {printable(self.actual)})"
         return text
+
+
+def printable(value: object) -> str:
+    """Text of a value that may come from a file: one line of bounded length that cannot control a terminal."""
+    text = str(value)
+    if len(text) > _MAX_EVIDENCE_CHARACTERS:
+        text = text[:_MAX_EVIDENCE_CHARACTERS] + "..."
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 class FlashFormatError(FlashError):
@@ -72,7 +81,7 @@ class ChecksumError(FlashFormatError):
 
 
 class UnsupportedError(FlashError):
-    """The file is well formed, but of a major version, or with a required feature, that this reader does not know."""
+    """The file is well formed, but this reader does not take its major version, a required feature, or its demands."""
 
     exit_code = EXIT_UNSUPPORTED
 

@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import msgspec
 
-from flashfmt.errors import FlashFormatError
+from flashfmt.errors import FlashFormatError, printable
 from flashfmt.layout import MAX_JSON_DEPTH, MAX_METADATA_BYTES
 
 T = TypeVar("T")
@@ -103,8 +103,8 @@ def convert(
         return msgspec.convert(value, type_, strict=True)
     except msgspec.ValidationError as error:
         match = _ERROR_PLACE.fullmatch(str(error))
-        message, place = match.groups() if match else (str(error), "$")
-        rule_id = rule if isinstance(rule, str) else rule(place)
+        text, place = match.groups() if match else (str(error), "$")
+        message, rule_id = printable(text), rule if isinstance(rule, str) else rule(place)
         raise FlashFormatError(message, path=path, where=f"{where} {root}{place[1:]}", rule=rule_id) from None
 
 
