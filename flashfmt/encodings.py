@@ -213,7 +213,9 @@ def _encode_q8(rows: F32Array) -> Array:
 
 def _decode_q8(stored: Array, layout: PartLayout) -> F32Array:
     q = stored[..., layout.values_offset : layout.values_offset + layout.n_values].view(np.int8)
-    return q.astype(np.float32) * scales(stored, layout)
+    with np.errstate(over="ignore", invalid="ignore"):  # scales of an unverified file may be anything
+        decoded: F32Array = q.astype(np.float32) * scales(stored, layout)
+    return decoded
 
 
 def _encode_q4(rows: F32Array) -> Array:
@@ -242,7 +244,8 @@ def _decode_q4(stored: Array, layout: PartLayout) -> F32Array:
     packed = packed.reshape(*stored.shape[:-1], n // Q4_BLOCK, Q4_GROUP)
     nibbles = np.stack((packed & np.uint8(15), packed >> np.uint8(4)), axis=-2)  # [..., n/64, 2, 32]
     centred = nibbles.reshape(*stored.shape[:-1], n // Q4_GROUP, Q4_GROUP).astype(np.float32) - np.float32(8)
-    decoded: F32Array = (centred * scales(stored, layout)[..., None]).reshape(*stored.shape[:-1], n)
+    with np.errstate(invalid="ignore"):  # likewise: nibble 8 times an infinite scale
+        decoded: F32Array = (centred * scales(stored, layout)[..., None]).reshape(*stored.shape[:-1], n)
     return decoded
 
 
