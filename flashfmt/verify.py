@@ -140,9 +140,10 @@ class _Verification:
             problem = Problem("FF-STAT-1", "a firing frequency is outside [0, 1]", int(outside.argmax()))
             problem.fail(frequency.extent.path, frequency.name)
         window = self.contents.tensors[f"{prefix}/aggregated_window"]
-        steps = np.diff(self._values(window), prepend=np.float32(0))
-        if (steps < 0).any():
-            problem = Problem("FF-STAT-2", "the aggregated window decreases", int((steps < 0).argmax()))
+        shares = self._values(window)
+        decreases = shares < np.concatenate((np.zeros(1, shares.dtype), shares[:-1]))
+        if decreases.any():
+            problem = Problem("FF-STAT-2", "the aggregated window decreases", int(decreases.argmax()))
             problem.fail(window.extent.path, window.name)
 
     def _values(self, info: TensorInfo) -> Array:
