@@ -157,6 +157,8 @@ class _Parser:
                     "FF-ZIP-11", entry.at, "an entry does not begin where the last one ends", position, entry.offset
                 )
             following = entries[index + 1].offset if index + 1 < len(entries) else start
+            if following > start:
+                self._fail("FF-ZIP-11", entry.at, "an entry begins behind the payloads", f"at most {start}", following)
             offset = following - entry.nbytes
             self._check_local_header(entry, offset)
             position = following
