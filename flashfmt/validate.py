@@ -114,14 +114,7 @@ class _Validator:
     def contents(self) -> Contents:
         """The documents in order of what an error in them would hide: version, damage, manifest, arrays."""
         raw = self._raw_documents()
-        root = parse_document(raw[DOCUMENT_NAME], path=self.path, where=DOCUMENT_NAME)
-        if root.get("node_type") == "array":
-            self._fail("FF-ARR-1", DOCUMENT_NAME, "the root is not a group", "group", "array")
-        parse_node({**root, "attributes": {}}, path=self.path, key=DOCUMENT_NAME)
-        manifest_members = manifest_object(root, self.path)
-        check_version(manifest_members, self.path)
-        self._check_metadata_checksum(raw, manifest_members.get("metadata_crc32c"))
-        manifest = read_manifest(manifest_members, self.path)
+        manifest = self._manifest(raw)
         nodes = self._nodes(raw)
         self._check_keys(nodes)
         for name, document in nodes.items():
@@ -130,6 +123,17 @@ class _Validator:
         self._check_roles(manifest)
         layers = tuple(self.bundles[bundles_name(layer)] for layer in range(manifest.decoder.n_layers))
         return Contents(manifest, MappingProxyType(self.tensors), layers, MappingProxyType(self.files))
+
+    def _manifest(self, raw: Mapping[str, bytes]) -> Manifest:
+        """The manifest of the root document; the rest of the root is dropped, because a hostile one may be large."""
+        root = parse_document(raw[DOCUMENT_NAME], path=self.path, where=DOCUMENT_NAME)
+        if root.get("node_type") == "array":
+            self._fail("FF-ARR-1", DOCUMENT_NAME, "the root is not a group", "group", "array")
+        parse_node({**root, "attributes": {}}, path=self.path, key=DOCUMENT_NAME)
+        members = manifest_object(root, self.path)
+        check_version(members, self.path)
+        self._check_metadata_checksum(raw, members.get("metadata_crc32c"))
+        return read_manifest(members, self.path)
 
     def _raw_documents(self) -> dict[str, bytes]:
         raw: dict[str, bytes] = {}
@@ -156,6 +160,10 @@ class _Validator:
                 expected=stated if isinstance(stated, str) else repr(stated),
                 actual=actual,
             )
+        if CHECKSUM_FIELD + actual.encode() not in raw[DOCUMENT_NAME]:
+            message = "the field metadata_crc32c of the manifest is written in another way, or in another place"
+            expected = f"{CHECKSUM_FIELD.decode()}{actual}"
+            self._fail("FF-SUM-2", DOCUMENT_NAME, message, expected, "other digits there")
 
     def _nodes(self, raw: Mapping[str, bytes]) -> dict[str, ArrayDocument | GroupDocument]:
         """Typed document of every node but the root, by name."""

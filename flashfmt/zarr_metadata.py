@@ -87,8 +87,8 @@ class ShardingConfiguration(_Strict, frozen=True):
     """Inner chunks and index of a shard."""
 
     chunk_shape: Shape
-    codecs: tuple[BytesCodec, ...]
-    index_codecs: tuple[BytesCodec | Crc32cCodec, ...]
+    codecs: Annotated[tuple[BytesCodec, ...], Meta(max_length=8)]
+    index_codecs: Annotated[tuple[BytesCodec | Crc32cCodec, ...], Meta(max_length=8)]
     index_location: Literal["start", "end"] = "end"
 
 
@@ -151,7 +151,7 @@ class BundlesAttributes(msgspec.Struct, frozen=True, tag_field="kind", tag="bund
     """Attributes of the bundles of a layer."""
 
     encoding: Encoding
-    parts: tuple[str, ...]
+    parts: Annotated[tuple[str, ...], Meta(max_length=8)]
     n_neurons: Dimension
     d_model: Dimension
     part_nbytes: Dimension
@@ -180,11 +180,11 @@ class ArrayDocument(_Strict, frozen=True):
     codecs: Annotated[tuple[Codec, ...], Meta(min_length=1, max_length=2)]
     attributes: ArrayAttributes
     storage_transformers: Annotated[tuple[str, ...], Meta(max_length=0)] = ()
-    dimension_names: tuple[str | None, ...] | None = None
+    dimension_names: Annotated[tuple[str | None, ...], Meta(max_length=8)] | None = None
 
 
 class GroupDocument(_Strict, frozen=True):
-    """A `zarr.json` of a group. Only the root's attributes mean something here."""
+    """A `zarr.json` of a group."""
 
     zarr_format: Literal[3]
     node_type: Literal["group"]
@@ -210,7 +210,7 @@ def _array_rule(place: str) -> str:
 
 
 def parse_node(document: dict[str, Any], *, path: Path, key: str) -> ArrayDocument | GroupDocument:
-    """Typed form of one document.
+    """Typed form of one document; attributes of a group, which mean nothing here and may be large, are left out.
 
     Raises
     ------
@@ -228,7 +228,8 @@ def parse_node(document: dict[str, Any], *, path: Path, key: str) -> ArrayDocume
             actual=(zarr_format, node_type),
         )
     if node_type == "group":
-        return convert(document, GroupDocument, path=path, where=key, rule="FF-ARR-2")
+        group = convert(document, GroupDocument, path=path, where=key, rule="FF-ARR-2")
+        return msgspec.structs.replace(group, attributes={})
     return convert(document, ArrayDocument, path=path, where=key, rule=_array_rule)
 
 
