@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import google_crc32c
 
@@ -30,6 +30,9 @@ from flashfmt.validate import read_contents
 from flashfmt.verify import BUNDLES_RANK, check_file, verify_contents
 from flashfmt.zarr_metadata import chunk_key
 from flashfmt.zip_container import ZipContainer
+
+PREDICTOR_ARRAYS: Final = ("down", "up", "bias", "gate")
+STATISTICS_ARRAYS: Final = ("firing_frequency", "aggregated_window")
 
 
 def open_container(path: str | os.PathLike[str]) -> Container:
@@ -104,6 +107,7 @@ class FlashModel:
         self.tensors: Mapping[str, TensorInfo] = contents.tensors
         self.layers: tuple[BundlesInfo, ...] = contents.layers
         self.files: Mapping[str, FileInfo] = contents.files
+        self._predictors = {predictor.layer: predictor for predictor in contents.manifest.predictors}
         self._bundles: dict[int, Bundles] = {}
 
     @property
@@ -179,10 +183,10 @@ class FlashModel:
 
     def predictor(self, layer: int) -> tuple[Predictor, Mapping[str, StoredTensor]] | None:
         """Predictor of a layer with its arrays by short name (`down`, `up`, `bias` or `gate`); None where absent."""
-        predictor = next((p for p in self.manifest.predictors if p.layer == layer), None)
+        predictor = self._predictors.get(layer)
         if predictor is None:
             return None
-        return predictor, self._tensors_below(f"layers/{layer}/predictor/")
+        return predictor, self._tensors_in(f"layers/{layer}/predictor", PREDICTOR_ARRAYS)
 
     def statistics(self, layer: int) -> Mapping[str, Array] | None:
         """Recorded activity of a layer, or None where the model has none.
@@ -193,7 +197,8 @@ class FlashModel:
         """
         if self.manifest.statistics is None or not 0 <= layer < len(self.layers):
             return None
-        return {name: tensor.data for name, tensor in self._tensors_below(f"layers/{layer}/statistics/").items()}
+        tensors = self._tensors_in(f"layers/{layer}/statistics", STATISTICS_ARRAYS)
+        return {name: tensor.data for name, tensor in tensors.items()}
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Read everything and check every rule marked *verify*: checksums, padding, finite weights, indexes.
@@ -218,9 +223,8 @@ class FlashModel:
         self._bundles.clear()
         self._container.close()
 
-    def _tensors_below(self, prefix: str) -> dict[str, StoredTensor]:
-        names = (name for name in self.tensors if name.startswith(prefix))
-        return {name.removeprefix(prefix): self.tensor(name) for name in names}
+    def _tensors_in(self, group: str, names: tuple[str, ...]) -> dict[str, StoredTensor]:
+        return {name: self.tensor(f"{group}/{name}") for name in names if f"{group}/{name}" in self.tensors}
 
     def __enter__(self) -> Self:
         return self
