@@ -22,7 +22,7 @@ ONLY_IN = {
     "huggingface_hub": "flashfmt/convert/hub.py",
     "llvmlite": "reference_engine/backends/numba_",
     "numba": "reference_engine/backends/numba_",
-    "zarr": "flashfmt/zarr_store.py",
+    "zarr": ("flashfmt/zarr_store.py", "reference_engine/calibration/scratch.py"),
 }
 NOWHERE = {"accelerate", "safetensors", "tensorstore", "transformers"}
 
