@@ -5,7 +5,7 @@ A token embedding that the logits do not share is not among them: a token needs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -89,12 +89,30 @@ def load_residents(
     ------
     FlashReadError, ChecksumError
     """
-    arena = aligned_empty(residents_nbytes(model))
+    names = [info.name for info in resident_tensors(model)]
+    return load_tensors(model, names, verify=verify, progress=progress)
+
+
+def tensors_nbytes(model: FlashModel, names: Sequence[str]) -> int:
+    """DRAM that `load_tensors` takes."""
+    return sum(_room(model.tensors[name]) for name in names)
+
+
+def load_tensors(
+    model: FlashModel, names: Sequence[str], *, verify: bool = True, progress: Callable[[int], None] | None = None
+) -> dict[str, npt.NDArray[np.uint8]]:
+    """Read the stored bytes of some tensors, decompressed, into one arena; by name.
+
+    Raises
+    ------
+    FlashReadError, ChecksumError
+    """
+    arena = aligned_empty(tensors_nbytes(model, names))
     files: dict[Path, DirectFile] = {}
     loaded: dict[str, npt.NDArray[np.uint8]] = {}
     start = 0
     try:
-        for info in resident_tensors(model):
+        for info in (model.tensors[name] for name in names):
             place = arena[start : start + _room(info)]
             start += place.nbytes
             if info.codec == "raw":

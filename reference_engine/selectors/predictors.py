@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from flashfmt import FlashModel, StoredTensor
+from flashfmt import FlashModel
 from reference_engine.backends import Backend, Matrix
 from reference_engine.selectors.protocol import F32, Ids, Selector
 
@@ -33,7 +34,7 @@ class LowRankPredictor:
 
     def select(self, x: F32) -> Ids:
         """Neurons whose probability exceeds the threshold for any token."""
-        return _any_token(self.scores(x) > self._cut)
+        return any_token(self.scores(x) > self._cut)
 
 
 class LowBitGate:
@@ -61,30 +62,42 @@ class LowBitGate:
     def select(self, x: F32) -> Ids:
         """Neurons whose score exceeds the threshold for any token."""
         scores = self.scores(x)
-        return _any_token((scores if self._signed else np.abs(scores)) > self._cut)
+        return any_token((scores if self._signed else np.abs(scores)) > self._cut)
 
 
-def selector_from_file(model: FlashModel, layer: int, backend: Backend) -> Selector | None:
-    """The selector that a file carries for a layer, or None."""
+def selector_from_file(
+    model: FlashModel, layer: int, backend: Backend, loaded: Mapping[str, npt.NDArray[np.uint8]] | None = None
+) -> Selector | None:
+    """The selector that a file carries for a layer, or None.
+
+    Parameters
+    ----------
+    loaded : stored bytes of the predictors' tensors by name, where they were read to DRAM; else the file is mapped.
+    """
     stored = model.predictor(layer)
     if stored is None:
         return None
     predictor, tensors = stored
+
+    def matrix(name: str) -> Matrix:
+        tensor = tensors[name]
+        data = tensor.data
+        if loaded is not None:
+            raw = loaded[f"layers/{layer}/predictor/{name}"]
+            data = raw.view(tensor.encoding.storage_dtype).reshape(data.shape)
+        return Matrix(tensor.encoding, tensor.shape[0], tensor.shape[1], data)
+
     if predictor.kind == "low_rank":
-        bias = tensors["bias"].decode() if predictor.bias else None
-        down, up = _matrix(tensors["down"]), _matrix(tensors["up"])
-        return LowRankPredictor(down, up, bias, predictor.threshold, backend)
+        bias = tensors["bias"].decode().copy() if predictor.bias else None
+        return LowRankPredictor(matrix("down"), matrix("up"), bias, predictor.threshold, backend)
     which = "gate_bias" if model.decoder.ffn.kind == "gated" else "up_bias"
     name = f"layers/{layer}/ffn/{which}"
-    own_bias = model.tensor(name).decode() if name in model.tensors else None
-    return LowBitGate(_matrix(tensors["gate"]), own_bias, predictor.threshold, backend, signed=predictor.signed)
+    own_bias = model.tensor(name).decode().copy() if name in model.tensors else None
+    return LowBitGate(matrix("gate"), own_bias, predictor.threshold, backend, signed=predictor.signed)
 
 
-def _matrix(tensor: StoredTensor) -> Matrix:
-    return Matrix(tensor.encoding, tensor.shape[0], tensor.shape[1], tensor.data)
-
-
-def _any_token(active: npt.NDArray[np.bool_]) -> Ids:
+def any_token(active: npt.NDArray[np.bool_]) -> Ids:
+    """Neurons marked for at least one token: [n_tokens, n_neurons] to sorted int32 ids."""
     return np.flatnonzero(active.any(axis=0)).astype(np.int32)
 
 
