@@ -39,12 +39,13 @@ CONFIG = {
     "dtype": "float16",
 }
 CONVERT = """
-import json, resource, sys, time
+import json, sys, time
 from flashfmt.convert import convert
+from reference_engine.machine import peak_resident_nbytes
 started = time.perf_counter()
 convert(sys.argv[1], sys.argv[2], overwrite=True)
 seconds = time.perf_counter() - started
-print(json.dumps({"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+print(json.dumps({"seconds": seconds, "peak_bytes": peak_resident_nbytes()}))
 """
 COPY_BYTES = 16 << 20
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Final
@@ -12,6 +13,7 @@ import psutil
 
 _CGROUP_V2: Final = Path("/sys/fs/cgroup")
 _CGROUP_V1: Final = Path("/sys/fs/cgroup/memory")
+_PEAK: Final = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 _AUTO_SHARE: Final = 0.8  # of what is free: the rest is for the page cache and the other programs
 
 
@@ -22,6 +24,13 @@ def resident_nbytes() -> int:
 
 def peak_resident_nbytes() -> int:
     """Most bytes this process ever had in DRAM."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        status = ""
+    match = _PEAK.search(status)
+    if match is not None:  # getrusage would count what the parent held when it started us
+        return int(match[1]) * 1024
     import resource  # POSIX only, so not at import time
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

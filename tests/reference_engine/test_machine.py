@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 
 from reference_engine import machine
@@ -9,6 +12,13 @@ def test_resident_size_grows_with_what_is_touched():
     assert machine.resident_nbytes() - before > 48 << 20
     assert machine.peak_resident_nbytes() >= machine.resident_nbytes() - (1 << 20)
     del block
+
+
+def test_the_peak_is_not_that_of_the_process_that_started_us():
+    block = np.ones(256 << 20, np.uint8)
+    code = "from reference_engine.machine import peak_resident_nbytes; print(peak_resident_nbytes())"
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert peak < 128 << 20 < block.nbytes
 
 
 def test_available_memory_is_the_least_of_system_and_cgroups(monkeypatch):
