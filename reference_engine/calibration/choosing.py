@@ -15,13 +15,13 @@ import numpy.typing as npt
 from flashfmt.encodings import QUANTISED_ROW_MULTIPLE, Encoding
 from flashfmt.manifest import InputTap
 from reference_engine.backends import Backend
-from reference_engine.calibration.cuts import ValueSample, natural_cut
 from reference_engine.calibration.options import RANKS, CalibrationOptions
 from reference_engine.calibration.scratch import Scratch, Section
 from reference_engine.fitted_predictor import FittedPredictor
 from reference_engine.observation import Cut, ObservedModel
 from reference_engine.operating_points import LayerRule, OperatingPoint, Tally
 from reference_engine.predictor_training import CutCurve, LowRankFit, TrainingOptions, choose_rank, cut_curve
+from reference_engine.value_cuts import ValueSample, natural_cut
 
 RECALLS: Final = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
 SHARES: Final = tuple(round(0.05 * i, 2) for i in range(2, 20))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
+
+import msgspec
 
 from flashfmt.encodings import Encoding
 from flashfmt.manifest import Predictor
@@ -101,3 +103,9 @@ class CalibrationReport:
     def perplexity_cost(self) -> float:
         """Relative loss of perplexity by leaving out what is not predicted."""
         return self.predicted_perplexity / self.perplexity - 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        predictors = [msgspec.to_builtins(predictor) for predictor in self.predictors]
+        return {**values, "target": str(self.target), "predictors": predictors, "perplexity_cost": self.perplexity_cost}

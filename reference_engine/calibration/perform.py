@@ -32,18 +32,19 @@ from reference_engine.calibration.choosing import (
     measure,
     operating_point,
 )
-from reference_engine.calibration.cuts import SPARSE_ACTIVATIONS, ValueSample, natural_cut
+from reference_engine.calibration.division import Division, divide
 from reference_engine.calibration.options import CalibrationOptions, CalibrationReport, KindChoice
 from reference_engine.calibration.output import write_calibrated
 from reference_engine.calibration.recording import record_text
 from reference_engine.calibration.scratch import Scratch, Section
-from reference_engine.calibration.text import Division, TokenText, divide, read_texts
 from reference_engine.engine import PREFILL_TOKENS, EngineOptions
 from reference_engine.fitted_predictor import FittedPredictor
 from reference_engine.observation import NONZERO, Cut, ObservedModel
 from reference_engine.operating_points import Masking
 from reference_engine.perplexity import score_text, text_windows
+from reference_engine.token_text import TokenText, read_texts
 from reference_engine.tokenizer import Tokenizer, load_tokenizer
+from reference_engine.value_cuts import SPARSE_ACTIVATIONS, ValueSample, natural_cut
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much is done, of how much)."""
