@@ -1,0 +1,76 @@
+"""Linux native AIO by raw system calls, where io_uring is blocked (Docker's default profile). Direct reads only.
+
+The kernel's AIO of buffered reads blocks in the call that should begin them, so a file that is not open for direct
+reads is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+import numpy as np
+
+from reference_engine.flash_io import linux_syscalls
+from reference_engine.flash_io.kernel_queue import ENTRY_BYTES, TRANSIENT, Entries, fill_entries
+from reference_engine.flash_io.request_plan import I64, RequestPlan
+
+_IOCB: Final = np.dtype(
+    {
+        "names": ["tag", "opcode", "fd", "address", "nbytes", "offset"],
+        "formats": ["<u8", "<u2", "<u4", "<u8", "<u8", "<i8"],
+        "offsets": [0, 16, 20, 24, 32, 40],
+        "itemsize": ENTRY_BYTES,
+    }
+)
+_EVENT: Final = np.dtype([("tag", "<u8"), ("iocb", "<u8"), ("result", "<i8"), ("result2", "<i8")])
+_PREAD, _PREADV = 0, 7
+
+
+class AioQueue:
+    """A `KernelQueue` of `depth` requests to the file `fd`.
+
+    Raises
+    ------
+    OSError
+        If the kernel has no AIO, it is forbidden here, or the system's limit on requests is reached.
+    """
+
+    def __init__(self, fd: int, depth: int) -> None:
+        context = np.zeros(1, np.uint64)
+        result = linux_syscalls.io_setup(depth, context.ctypes.data)
+        if result < 0:
+            raise OSError(-result, f"io_setup: {os.strerror(-result)}")
+        self._context = int(context.view(np.int64)[0])
+        self._fd = fd
+        self.depth = depth
+        self._events = np.zeros(depth, _EVENT)
+
+    def prepare(self, plan: RequestPlan, first_tag: int) -> Entries:
+        """Control blocks; see `KernelQueue.prepare`."""
+        entries = np.zeros(len(plan), _IOCB)
+        fill_entries(entries, plan, first_tag, fd=self._fd, read_opcode=_PREAD, readv_opcode=_PREADV)
+        return entries
+
+    def push(self, entries: Entries, start: int, stop: int) -> int:
+        """Begin requests; see `KernelQueue.push`. The kernel copies the control blocks during the call."""
+        pointers = entries.ctypes.data + ENTRY_BYTES * np.arange(start, stop, dtype=np.uint64)
+        result = linux_syscalls.io_submit(self._context, stop - start, pointers.ctypes.data)
+        if result < 0 and -result not in TRANSIENT:
+            raise OSError(-result, os.strerror(-result))
+        return max(result, 0)
+
+    def reap(self, at_least: int) -> tuple[I64, I64]:
+        """Wait for completions; see `KernelQueue.reap`."""
+        while True:
+            n = linux_syscalls.io_getevents(self._context, at_least, self.depth, self._events.ctypes.data)
+            if n > 0:
+                break
+            if n < 0 and -n not in TRANSIENT:
+                raise OSError(-n, os.strerror(-n))
+        done = self._events[:n]
+        return done["tag"].astype(np.int64), done["result"].astype(np.int64)
+
+    def close(self) -> None:
+        """Give the context up; the call itself waits for what may be in flight."""
+        linux_syscalls.io_destroy(self._context)

@@ -1,0 +1,90 @@
+"""From measurements to a profile: backend, depth, longest gap, largest request, each with its reason. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from reference_engine.flash_io.device_profile import DEFAULT_BACKENDS, DeviceProfile, Measurement
+from reference_engine.flash_io.range_reader import IoTuning
+
+REFERENCE_BLOCK: Final = 16 << 10  # the size of a bundle of a model of 7 billion parameters
+_SMALL_BLOCKS: Final = range(4 << 10, (64 << 10) + 1)
+_NEARLY: Final = 0.95
+_NOISE: Final = 0.9  # backends closer than this are told apart by processor time
+_GAP_UNIT: Final = 4 << 10
+_MAX_GAP: Final = 64 << 10
+_MIN_REQUEST: Final = 64 << 10
+
+
+def choose_profile(measurements: Sequence[Measurement]) -> DeviceProfile:
+    """The profile that `measurements` speak for; they must hold random reads of `REFERENCE_BLOCK`.
+
+    - backend: the fastest at random blocks up to 64 KiB; of those within 10 % of it, the one with least processor time.
+    - depth: the smallest that reaches 95 % of the best at `REFERENCE_BLOCK`.
+    - gap: time of a request is fitted as ``a + b * bytes``; reading through ``a / b`` bytes costs what a request saves.
+    - largest request: the smallest block that reaches 95 % of the best bandwidth at that depth.
+    """
+    random = [m for m in measurements if m.pattern == "random" and m.backend in DEFAULT_BACKENDS]
+    backend, why_backend = _choose_backend(random)
+    own = [m for m in random if m.backend == backend]
+    depth, why_depth = _choose_depth(own)
+    at_depth = sorted((m for m in own if m.depth == depth), key=lambda m: m.block_bytes)
+    max_request, why_request = _choose_request(at_depth)
+    gap, why_gap = _choose_gap(at_depth)
+    tuning = IoTuning(gap_bytes=min(gap, max_request - _GAP_UNIT), max_request_bytes=max_request, depth=depth)
+    return DeviceProfile(
+        backend=backend,
+        tuning=tuning,
+        is_measured=True,
+        reasons=(why_backend, why_depth, why_request, why_gap),
+        measurements=tuple(measurements),
+    )
+
+
+def _choose_backend(random: Sequence[Measurement]) -> tuple[str, str]:
+    scores: dict[str, float] = {}
+    cpu: dict[str, float] = {}
+    for backend in dict.fromkeys(m.backend for m in random):
+        best: dict[int, Measurement] = {}
+        for m in random:
+            if m.backend == backend and m.block_bytes in _SMALL_BLOCKS:
+                fastest = best.get(m.block_bytes, m)
+                best[m.block_bytes] = max(m, fastest, key=lambda each: each.bytes_per_second)
+        scores[backend] = float(np.exp(np.mean([np.log(m.bytes_per_second) for m in best.values()])))
+        cpu[backend] = float(np.mean([m.cpu_seconds_per_gib for m in best.values()]))
+    near = [name for name, score in scores.items() if score >= _NOISE * max(scores.values())]
+    chosen = min(near, key=lambda name: cpu[name])
+    told = ", ".join(f"{name} {scores[name] / 2**30:.2f} GiB/s {cpu[name]:.2f} CPU-s/GiB" for name in scores)
+    return chosen, f"backend {chosen}: least processor time of the fastest (random 4 to 64 KiB: {told})"
+
+
+def _choose_depth(own: Sequence[Measurement]) -> tuple[int, str]:
+    speed = {m.depth: m.bytes_per_second for m in own if m.block_bytes == REFERENCE_BLOCK}
+    depth = min(d for d, s in speed.items() if s >= _NEARLY * max(speed.values()))
+    return depth, f"depth {depth}: smallest with 95 % of the best bandwidth at random 16 KiB"
+
+
+def _choose_request(at_depth: Sequence[Measurement]) -> tuple[int, str]:
+    best = max(m.bytes_per_second for m in at_depth)
+    nearly = min(m.block_bytes for m in at_depth if m.bytes_per_second >= _NEARLY * best)
+    size = max(nearly, _MIN_REQUEST)
+    return size, f"requests up to {size >> 10} KiB: smallest with 95 % of the best {best / 2**30:.2f} GiB/s"
+
+
+def _choose_gap(at_depth: Sequence[Measurement]) -> tuple[int, str]:
+    sizes = np.array([m.block_bytes for m in at_depth], float)
+    seconds = np.array([m.block_bytes / m.bytes_per_second for m in at_depth])
+    if len(sizes) < 2:
+        return 0, "gaps are not read through: too few block sizes were measured"
+    columns = np.stack([np.ones_like(sizes), sizes], axis=1) / seconds[:, None]  # relative errors count alike
+    (fixed, per_byte), *_ = np.linalg.lstsq(columns, np.ones_like(seconds), rcond=None)
+    if fixed <= 0 or per_byte <= 0:
+        return 0, "gaps are not read through: a request costs no time of its own here"
+    gap = min(int(fixed / per_byte) // _GAP_UNIT * _GAP_UNIT, _MAX_GAP)
+    return gap, (
+        f"gaps up to {gap >> 10} KiB are read through: a request costs {fixed * 1e6:.1f} us, "
+        f"and {per_byte * 1024 * 1e6:.2f} us a KiB"
+    )
