@@ -179,7 +179,7 @@ class ObservedModel:
         self._backend = load_backend(engine.options.backend, engine.options.n_threads)
         verify = engine.options.verify
         residents = Residents(model, load_residents(model, verify=verify != "never", progress=progress))
-        self._bundles = ExactBundles(model, engine.plan.pinned_blocks, verify=verify)
+        self._bundles = ExactBundles(model, engine.exact_plan.pinned_blocks, verify=verify)
         self._bundles.load(progress)
         self._kv_cache = KvCache(model.decoder, engine.context_tokens, engine.options.kv_type)
         self._observed = _ObservedFfn(self._bundles, self._backend)

@@ -65,7 +65,7 @@ class WindowResult:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """All that was measured. `windows` are simulated on what operating point `simulated` computed for the first tokens."""
+    """All that was measured. `windows` are simulated on what the point `simulated` computed for the first tokens."""
 
     model: str
     text: str
