@@ -24,6 +24,7 @@ from reference_engine.chat_template import ChatTemplate, load_chat_template
 from reference_engine.engine import Engine, EngineOptions, Session
 from reference_engine.generate import Generation, generate
 from reference_engine.plan import MemoryPlan
+from reference_engine.sparse_plan import SparsePlan
 from reference_engine.sampler import SamplingOptions
 from reference_engine.sizes import format_size, parse_size
 from reference_engine.tokenizer import Tokenizer, load_tokenizer
@@ -316,7 +317,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
-def _print_plan(console: Console, plan: MemoryPlan) -> None:
+def _print_plan(console: Console, plan: MemoryPlan | SparsePlan) -> None:
     table = Table(title=f"memory plan for a ceiling of {format_size(plan.ceiling)}", title_justify="left")
     table.add_column("what")
     table.add_column("bytes", justify="right")
@@ -325,7 +326,8 @@ def _print_plan(console: Console, plan: MemoryPlan) -> None:
     table.add_section()
     table.add_row("planned", format_size(plan.planned))
     table.add_row("smallest ceiling that works", format_size(plan.floor))
-    table.add_row("read from flash for each token", format_size(plan.streamed))
+    read = plan.streamed if isinstance(plan, MemoryPlan) else plan.expected_read
+    table.add_row("read from flash for each token", "as the text needs" if read is None else format_size(read))
     console.print(table)
 
 

@@ -20,7 +20,7 @@ import flashfmt
 from flashfmt import FlashModel
 from flashfmt.encodings import Encoding
 from flashfmt.errors import PromptError
-from reference_engine.backends import Backend, BackendName, load_backend
+from reference_engine.backends import BackendName, load_backend
 from reference_engine.bundle_checksums import Verify
 from reference_engine.exact_bundles import ExactBundles, model_blocks
 from reference_engine.flash_io import IoCounters
@@ -37,6 +37,15 @@ from reference_engine.residents import (
     residents_nbytes,
     stays_on_flash,
 )
+from reference_engine.sparse_bundles import BLOCK_NEURONS, SparseBundles
+from reference_engine.sparse_mode import (
+    SparseOptions,
+    load_sparse,
+    plan_sparse_mode,
+    sparse_load_nbytes,
+    sparse_selectors_nbytes,
+)
+from reference_engine.sparse_plan import SparsePlan
 
 F32 = npt.NDArray[np.float32]
 Progress = Callable[[int], None]
@@ -56,6 +65,7 @@ class EngineOptions:
     kv_type : ``f32``, or ``f16`` for half the room.
     backend, n_threads : see `load_backend`.
     verify : check the checksums of what is read never, the first time, or always.
+    sparse : leave neurons out, by these options; None computes with all of them.
     """
 
     memory: int | None = None
@@ -64,6 +74,7 @@ class EngineOptions:
     backend: BackendName = "auto"
     n_threads: int | None = None
     verify: Verify = "first"
+    sparse: SparseOptions | None = None
 
 
 class Session:
@@ -148,7 +159,7 @@ class Engine:
     ) -> None:
         self.options = options or EngineOptions()
         self.model = flashfmt.open(path)
-        self._bundles: ExactBundles | None = None
+        self._bundles: ExactBundles | SparseBundles | None = None
         self._stack: DecoderStack | None = None
         self._session: Session | None = None
         try:
@@ -158,7 +169,7 @@ class Engine:
             if loaded_before_plan is not None:
                 loaded_before_plan(self.model)
             trim_heap()  # reading a tokenizer leaves megabytes of freed memory
-            self.plan = self._plan(self._backend)
+            self.plan = self._plan()
         except BaseException:
             self.model.close()
             raise
@@ -178,7 +189,27 @@ class Engine:
     @property
     def load_nbytes(self) -> int:
         """Bytes that `load` reports to its progress callback."""
-        return residents_nbytes(self.model) + self.plan.pinned
+        bundles = self.plan.pinned if isinstance(self.plan, MemoryPlan) else 0
+        selectors = sparse_load_nbytes(self.model, self.options.sparse) if self.options.sparse is not None else 0
+        return residents_nbytes(self.model) + bundles + selectors
+
+    @property
+    def exact_plan(self) -> MemoryPlan:
+        """The plan of exact mode.
+
+        Raises
+        ------
+        RuntimeError
+            In sparse mode.
+        """
+        if not isinstance(self.plan, MemoryPlan):
+            raise RuntimeError("this engine leaves neurons out: it has no plan for all of them")
+        return self.plan
+
+    @property
+    def sparse(self) -> SparseBundles | None:
+        """Where sparse mode's figures are, and can be watched; None in exact mode, and before loading."""
+        return self._bundles if isinstance(self._bundles, SparseBundles) else None
 
     def load(self, progress: Progress | None = None) -> None:
         """Read what the plan keeps in DRAM, and start streaming the rest.
@@ -191,8 +222,7 @@ class Engine:
             self.model,
             load_residents(self.model, verify=self.options.verify != "never", progress=progress),
         )
-        self._bundles = ExactBundles(self.model, self.plan.pinned_blocks, verify=self.options.verify)
-        self._bundles.load(progress)
+        self._bundles = self._load_bundles(progress)
         self._tokens = (
             FlashTable(self.model.tensors[EMBEDDING], self._backend)
             if stays_on_flash(self.model)
@@ -244,16 +274,40 @@ class Engine:
             raise PromptError("the model has no such context", expected=f"1 to {own} tokens", actual=asked)
         return min(own, DEFAULT_CONTEXT_TOKENS) if asked is None else asked
 
-    def _plan(self, backend: Backend) -> MemoryPlan:
-        decoder, blocks = self.model.decoder, model_blocks(self.model)
-        fixed = FixedParts(
-            process=resident_nbytes(),
-            residents=residents_nbytes(self.model),
-            kv_cache=kv_cache_nbytes(decoder, self.context_tokens, self.options.kv_type),
-            scratch=self._scratch_nbytes(max(block.n_neurons for block in blocks)),
-        )
+    def _load_bundles(self, progress: Progress | None) -> ExactBundles | SparseBundles:
+        if isinstance(self.plan, SparsePlan) and self.options.sparse is not None:
+            sparse = load_sparse(
+                self.model,
+                self.options.sparse,
+                self.plan,
+                self._backend,
+                verify=self.options.verify,
+                progress=progress,
+            )
+            trim_heap()  # re-encoding copies leaves megabytes of freed memory
+            return sparse
+        exact = ExactBundles(self.model, self.exact_plan.pinned_blocks, verify=self.options.verify)
+        exact.load(progress)
+        return exact
+
+    def _plan(self) -> MemoryPlan | SparsePlan:
+        decoder, sparse = self.model.decoder, self.options.sparse
         ceiling = self.options.memory if self.options.memory is not None else automatic_ceiling()
-        return plan_memory(fixed, blocks, ceiling, self.context_tokens)
+        process = resident_nbytes()
+        kv_cache = kv_cache_nbytes(decoder, self.context_tokens, self.options.kv_type)
+        residents = residents_nbytes(self.model)
+        if sparse is not None:
+            scratch = self._scratch_nbytes(BLOCK_NEURONS) + self._scores_nbytes()
+            selectors = sparse_selectors_nbytes(self.model, sparse)
+            fixed = FixedParts(process, residents, kv_cache, scratch, selectors)
+            return plan_sparse_mode(self.model, fixed, ceiling, self.context_tokens)
+        blocks = model_blocks(self.model)
+        scratch = self._scratch_nbytes(max(block.n_neurons for block in blocks))
+        return plan_memory(FixedParts(process, residents, kv_cache, scratch), blocks, ceiling, self.context_tokens)
+
+    def _scores_nbytes(self) -> int:
+        """Scores of all neurons for one prefill chunk, as a selector has them: two projections and their product."""
+        return 4 * 4 * min(PREFILL_TOKENS, self.context_tokens) * self.model.decoder.ffn.d_ff
 
     def _scratch_nbytes(self, block_neurons: int) -> int:
         """Float32 activations of one prefill chunk at their widest, and the logits with the sampler's copies."""

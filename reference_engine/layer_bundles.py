@@ -10,34 +10,52 @@ Knows: one layer. Does not know: how neurons are selected, arithmetic.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from flashfmt import BundlesInfo
-from flashfmt.errors import FlashError, FlashReadError
+from flashfmt.errors import ChecksumError, FlashError, FlashReadError
 from reference_engine.bundle_cache import BundleCache
 from reference_engine.bundle_checksums import Verify, bundle_mismatch
-from reference_engine.neuron_window import Ids, NeuronWindow, WindowStep
-from reference_engine.slot_reader import ReadBatch, RowTable, SlotReader
+from reference_engine.flash_io import Pending, RangeReader
+from reference_engine.neuron_window import Ids, NeuronWindow
+
+GROUP_BUNDLES: Final = 256  # what arrives together is computed together, while the next group lands
+
+Slots = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds that bringing bundles took: waiting for reads, comparing checksums, keeping window and cache."""
+    """Seconds spent waiting for reads, comparing checksums, and keeping window and cache; requests and bytes read."""
 
     wait_seconds: float = 0.0
     check_seconds: float = 0.0
     upkeep_seconds: float = 0.0
+    n_requests: int = 0
+    bytes_read: int = 0
 
     def __add__(self, other: Costs) -> Costs:
         return Costs(
             self.wait_seconds + other.wait_seconds,
             self.check_seconds + other.check_seconds,
             self.upkeep_seconds + other.upkeep_seconds,
+            self.n_requests + other.n_requests,
+            self.bytes_read + other.bytes_read,
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Bundles that are read together."""
+
+    ids: Ids
+    slots: Slots
+    pending: Pending
 
 
 class LayerBundles:
@@ -48,6 +66,7 @@ class LayerBundles:
     rows : uint8 [capacity, stride] at a multiple of `IO_ALIGNMENT`, where bundles are held.
     checksums : uint32 [n_neurons] of the layer.
     verify : check bundles never, when they first arrive, or whenever they arrive.
+    reader : of the layer's file.
     """
 
     def __init__(
@@ -58,7 +77,7 @@ class LayerBundles:
         rows: npt.NDArray[np.uint8],
         checksums: npt.NDArray[np.uint32],
         verify: Verify,
-        reader: SlotReader,
+        reader: RangeReader,
     ) -> None:
         self.info = info
         self.cache = BundleCache(rows, info.geometry.n_neurons)
@@ -66,10 +85,9 @@ class LayerBundles:
         self._checksums = checksums
         self._verify = verify
         self._is_verified = np.zeros(info.geometry.n_neurons, np.bool_)
-        self._table = RowTable(info.extent.path, info.extent.offset, info.geometry.stride)
         self._reader = reader
 
-    def fetch(self, wanted: Ids, *, expected: bool = False) -> Fetch:
+    def fetch(self, wanted: Ids, *, ahead: bool = False) -> Fetch:
         """Hold the neurons `wanted`, and begin to read those that are not held.
 
         No other fetch of this layer may be unfinished.
@@ -77,127 +95,140 @@ class LayerBundles:
         Parameters
         ----------
         wanted : sorted, unique, at most as many as there are slots.
-        expected : read after everything that is demanded.
+        ahead : let everything that is read for a layer in work go first.
 
         Raises
         ------
         FlashReadError
-            If the file cannot be opened. What reading itself meets is raised by `Fetch.arrive`.
+            If the reader is closed. What reading itself meets is raised by `Fetch.arrivals`.
         """
         began = time.perf_counter()
         step = self.window.step(wanted)
         slots = self.cache.apply(step)
+        kept = time.perf_counter()
+        groups: list[_Group] = []
+        fetch = Fetch(self, step.hits, step.missing, len(step.evicted), groups)
         try:
-            batch = self._reader.submit(self._table, step.missing, self.cache.rows, slots, expected=expected)
+            for first in range(0, len(step.missing), GROUP_BUNDLES):
+                ids, targets = step.missing[first : first + GROUP_BUNDLES], slots[first : first + GROUP_BUNDLES]
+                groups.append(_Group(ids, targets, self._submit(ids, targets, ahead=ahead)))
         except BaseException:
-            self.forget(step.missing)
+            fetch.finish(cancel=True)
+            self._forget(step.missing[len(groups) * GROUP_BUNDLES :])
             raise
-        return Fetch(self, step, slots, batch, Costs(upkeep_seconds=time.perf_counter() - began))
+        plans = [group.pending.plan for group in groups]
+        fetch.costs = Costs(
+            upkeep_seconds=kept - began,
+            n_requests=sum(len(plan) for plan in plans),
+            bytes_read=sum(int(plan.nbytes.sum()) for plan in plans),
+        )
+        return fetch
 
-    def forget(self, ids: Ids) -> None:
-        """No longer hold neurons whose bundles have not arrived. No read of this layer may be under way."""
-        self.window.forget(ids)
-        self.cache.remove(ids)
+    def _submit(self, ids: Ids, slots: Slots, *, ahead: bool) -> Pending:
+        stride = self.info.geometry.stride
+        offsets = ids.astype(np.int64) * stride + self.info.extent.offset
+        return self._reader.submit(offsets, stride, self.cache.rows, slots.astype(np.int64) * stride, ahead=ahead)
 
-    def check(self, ids: Ids, slots: npt.NDArray[np.int32]) -> dict[int, FlashError]:
+    def _forget(self, ids: Ids) -> None:
+        """No longer hold neurons whose bundles did not come. No read of this layer may be under way."""
+        if len(ids):
+            self.window.forget(ids)
+            self.cache.remove(ids)
+
+    def _mismatches(self, ids: Ids, slots: Slots) -> dict[int, ChecksumError]:
         """Compare arrived bundles with their checksums as far as asked for; returns what is wrong, by place."""
         if self._verify == "never":
             return {}
         places = np.arange(len(ids)) if self._verify == "always" else np.flatnonzero(~self._is_verified[ids])
-        wrong: dict[int, FlashError] = {}
+        wrong: dict[int, ChecksumError] = {}
         for place in places.tolist():
             error = bundle_mismatch(self.info, int(ids[place]), self.cache.rows[slots[place]], self._checksums)
             if error is not None:
                 wrong[place] = error
         self._is_verified[ids[places]] = True
-        if wrong:
-            self._is_verified[ids[list(wrong)]] = False
+        self._is_verified[ids[list(wrong)]] = False
         return wrong
 
-    def read_error(self, neuron: int, error: FlashReadError) -> FlashReadError:
-        """`error`, with the layer and the neuron that it hit."""
-        return FlashReadError(
-            f"bundle of layer {self.info.layer}, neuron {neuron} cannot be read: {error}",
-            path=self.info.extent.path,
-            where=self.info.extent.offset + neuron * self.info.geometry.stride,
-        )
+    def _read_error(self, error: FlashReadError, ids: Ids) -> FlashReadError:
+        """`error`, with the layer, and the neuron whose bundle it hit."""
+        info, stride = self.info, self.info.geometry.stride
+        place = error.where if isinstance(error.where, int) else info.extent.offset + int(ids[0]) * stride
+        neuron = min(max((place - info.extent.offset) // stride, int(ids[0])), int(ids[-1]))
+        message = f"bundle of layer {info.layer}, neuron {neuron} cannot be read: {error.message}"
+        where = info.extent.offset + neuron * stride
+        if error.expected is None:
+            return FlashReadError(message, path=info.extent.path, where=where)
+        return FlashReadError(message, path=info.extent.path, where=where, expected=error.expected, actual=error.actual)
 
 
 class Fetch:
-    """Bundles on their way. `hits` are there at once; `arrive` waits for the others in order; `finish` ends it.
+    """Bundles on their way: `hits` are there at once, the others arrive group by group.
 
     Attributes
     ----------
     hits, missing : int32 ids, sorted.
-    missing_slots : int32, where each of the missing ones goes.
-    costs : seconds so far.
+    costs : so far.
     """
 
-    def __init__(
-        self, layer: LayerBundles, step: WindowStep, slots: npt.NDArray[np.int32], batch: ReadBatch, costs: Costs
-    ) -> None:
-        self.hits, self.missing, self.n_evicted = step.hits, step.missing, len(step.evicted)
-        self.missing_slots = slots
-        self.batch = batch
-        self.costs = costs
+    def __init__(self, layer: LayerBundles, hits: Ids, missing: Ids, n_evicted: int, groups: list[_Group]) -> None:
+        self.hits = hits
+        self.missing = missing
+        self.n_evicted = n_evicted
+        self.costs = Costs()
         self._layer = layer
-        self._n_arrived = 0
-        self._is_finished = False
+        self._groups = groups
+        self._n_ended = 0  # groups
 
-    def arrive(self, n: int) -> None:
-        """Wait until the first `n` missing bundles are in their slots, and correct.
+    def arrivals(self) -> Iterator[tuple[Ids, Slots]]:
+        """Neurons and slots of the missing bundles as they arrive, in their order.
 
         Raises
         ------
         FlashReadError, ChecksumError
-            Naming layer, neuron and byte offset. The whole fetch is finished then: what came well stays held.
+            Naming layer, neuron and byte offset. The fetch is finished then: what came well stays held.
         """
-        if n <= self._n_arrived:
-            return
-        failures = self._receive(n)
-        if failures:
-            self._receive(len(self.missing), failures)
-            self._roll_back(failures)
-            raise failures[min(failures)]
+        while self._n_ended < len(self._groups):
+            group = self._groups[self._n_ended]
+            failures, lost = self._receive(group)
+            self._n_ended += 1
+            if failures:
+                self.finish(cancel=False, lost=lost)
+                raise failures[0]
+            yield group.ids, group.slots
 
-    def finish(self, *, cancel: bool) -> None:
+    def finish(self, *, cancel: bool, lost: Ids | None = None) -> None:
         """Wait for what is under way and roll back what failed, without a word: nobody computed with it.
 
         Parameters
         ----------
         cancel : give up reads that were not begun, rather than wait for them.
+        lost : to be rolled back as well.
         """
-        if self._is_finished:
-            return
-        withdrawn = self.batch.cancel() if cancel else []
-        failures = self._receive(len(self.missing), absent=withdrawn)
-        self._roll_back([*failures, *withdrawn])
+        waiting, self._n_ended = self._groups[self._n_ended :], len(self._groups)
+        if cancel:
+            for group in waiting:
+                group.pending.is_cancelled = not group.pending.is_done
+        absent = [self._receive(group)[1] for group in waiting]
+        if lost is not None:
+            absent.append(lost)
+        if absent:
+            self._layer._forget(np.concatenate(absent))
 
-    def _receive(
-        self, n: int, failures: dict[int, FlashError] | None = None, absent: Iterable[int] = ()
-    ) -> dict[int, FlashError]:
-        """Wait for and check the bundles up to the n-th; adds what went wrong to `failures`."""
-        failures = {} if failures is None else failures
+    def _receive(self, group: _Group) -> tuple[list[FlashError], Ids]:
+        """Wait for a group and check it; returns what went wrong, and the neurons that are not there."""
         began = time.perf_counter()
-        self.batch.wait(n)
+        failures: list[FlashError] = []
+        lost = group.ids[:0]
+        try:
+            group.pending.wait()
+        except FlashReadError as error:
+            failures.append(self._layer._read_error(error, group.ids))
         arrived = time.perf_counter()
-        for place, error in self.batch.failures().items():
-            failures[place] = self._layer.read_error(int(self.missing[place]), error)
-        is_there = np.ones(len(self.missing), np.bool_)
-        is_there[: self._n_arrived] = False
-        is_there[n:] = False
-        is_there[list(failures)] = False
-        is_there[list(absent)] = False
-        places = np.flatnonzero(is_there)
-        for i, wrong in self._layer.check(self.missing[places], self.missing_slots[places]).items():
-            failures[int(places[i])] = wrong
-        self._n_arrived = max(self._n_arrived, n)
-        self._is_finished = self._n_arrived == len(self.missing)
+        if failures or group.pending.is_cancelled:
+            lost = group.ids
+        else:
+            wrong = self._layer._mismatches(group.ids, group.slots)
+            failures.extend(wrong.values())
+            lost = group.ids[list(wrong)]
         self.costs += Costs(wait_seconds=arrived - began, check_seconds=time.perf_counter() - arrived)
-        return failures
-
-    def _roll_back(self, places: Iterable[int]) -> None:
-        self._is_finished = True
-        lost = self.missing[sorted(set(places))]
-        if len(lost):
-            self._layer.forget(lost)
+        return failures, lost

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -155,3 +155,36 @@ def _least_recent(is_held: npt.NDArray[np.bool_], last_active: npt.NDArray[np.in
         held = np.concatenate((older, equal[: n - len(older)]))
     held.sort()
     return held
+
+
+@dataclass(frozen=True, slots=True)
+class WindowChoice:
+    """A parsed rule: ``paper:K``, or ``lru``."""
+
+    rule: Literal["paper", "lru"]
+    k: int = 0
+
+    def build(self, n_neurons: int, capacity: int) -> NeuronWindow:
+        """The window of a layer with `capacity` slots."""
+        if self.rule == "paper":
+            return RecentTokens(n_neurons, self.k, capacity)
+        return LeastRecent(n_neurons, capacity)
+
+
+LRU: Final = WindowChoice("lru")
+
+
+def parse_window(text: str) -> WindowChoice:
+    """Understand ``paper:5`` (keep what the last 5 tokens used) or ``lru``.
+
+    Raises
+    ------
+    ValueError
+        If the text is neither.
+    """
+    if text == "lru":
+        return LRU
+    rule, _, k = text.partition(":")
+    if rule == "paper" and k.isascii() and k.isdigit() and int(k) >= 1:
+        return WindowChoice("paper", int(k))
+    raise ValueError(f"{text!r} is no rule for the window: paper:K with K of at least 1, or lru")

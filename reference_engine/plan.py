@@ -27,11 +27,12 @@ class FixedParts:
     residents: int
     kv_cache: int
     scratch: int
+    selectors: int = 0
 
     @property
     def total(self) -> int:
         """Sum of all parts."""
-        return self.process + self.residents + self.kv_cache + self.scratch
+        return self.process + self.residents + self.kv_cache + self.scratch + self.selectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +99,12 @@ def plan_memory(fixed: FixedParts, blocks: Sequence[Block], ceiling: int, contex
     """
     ring = RING_SLOTS * round_up(max(block.nbytes for block in blocks), 4096)
     everything = pinned_nbytes(blocks, [True] * len(blocks))
-    floor = _with_margin(fixed.total + min(ring, everything))
-    if ceiling < floor:
-        raise BudgetError(
-            f"{format_size(ceiling)} of memory is not enough for this model and context; "
-            f"the smallest that works is {_round_up_mib(floor)} MiB",
-            expected=f"at least {floor} bytes",
-            actual=ceiling,
-        )
-    if _with_margin(fixed.total + everything) <= ceiling:
+    floor = with_margin(fixed.total + min(ring, everything))
+    require_floor(ceiling, floor)
+    if with_margin(fixed.total + everything) <= ceiling:
         pinned, ring = [True] * len(blocks), 0
     else:
-        margin = _with_margin(ceiling) - ceiling
+        margin = with_margin(ceiling) - ceiling
         pinned = choose_pinned(blocks, max(0, ceiling - margin - fixed.total - ring))
     held = pinned_nbytes(blocks, pinned)
     used = fixed.total + ring + held
@@ -117,7 +112,7 @@ def plan_memory(fixed: FixedParts, blocks: Sequence[Block], ceiling: int, contex
         ceiling=ceiling,
         floor=floor,
         fixed=fixed,
-        margin=_with_margin(used) - used,
+        margin=with_margin(used) - used,
         ring=ring,
         pinned=held,
         streamed=sum(block.nbytes for block, is_pinned in zip(blocks, pinned, strict=True) if not is_pinned),
@@ -126,9 +121,23 @@ def plan_memory(fixed: FixedParts, blocks: Sequence[Block], ceiling: int, contex
     )
 
 
-def _with_margin(held: int) -> int:
+def with_margin(held: int) -> int:
+    """Bytes `held` by what is counted, and room for what is not."""
     return held + _MARGIN_BYTES + held // _MARGIN_SHARE
 
 
-def _round_up_mib(nbytes: int) -> int:
-    return -(-nbytes >> 20)
+def require_floor(ceiling: int, floor: int) -> None:
+    """Refuse a ceiling below the floor.
+
+    Raises
+    ------
+    BudgetError
+        Naming the floor.
+    """
+    if ceiling < floor:
+        raise BudgetError(
+            f"{format_size(ceiling)} of memory is not enough for this model and context; "
+            f"the smallest that works is {-(-floor >> 20)} MiB",
+            expected=f"at least {floor} bytes",
+            actual=ceiling,
+        )

@@ -5,6 +5,7 @@ from reference_engine.selectors.choice import (
     TappedSelector,
     load_selectors,
     parse_selector,
+    selectors_load_nbytes,
     selectors_nbytes,
 )
 from reference_engine.selectors.exact import Oracle, Threshold
@@ -25,5 +26,6 @@ __all__ = [
     "load_selectors",
     "parse_selector",
     "selector_from_file",
+    "selectors_load_nbytes",
     "selectors_nbytes",
 ]

@@ -119,6 +119,13 @@ def selectors_nbytes(model: FlashModel, choice: SelectorChoice) -> int:
     return sum(parts * part_nbytes(info, choice.encoding) for info in model.layers) if parts else 0
 
 
+def selectors_load_nbytes(model: FlashModel, choice: SelectorChoice) -> int:
+    """Bytes that `load_selectors` reports to its progress callback."""
+    if choice.kind == "file":
+        return sum(model.tensors[name].extent.nbytes for name in _predictor_names(model))
+    return sum(info.geometry.index_offset for info in model.layers) if _parts(model, choice) else 0
+
+
 def load_selectors(
     model: FlashModel,
     choice: SelectorChoice,

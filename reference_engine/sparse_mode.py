@@ -1,0 +1,144 @@
+"""Sparse mode put together: options, plan, selectors, windows, readers -> `SparseBundles`.
+
+Knows: how the parts of sparse mode fit together. Does not know: their insides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashfmt import FlashModel
+from flashfmt.errors import PromptError
+from reference_engine.backends import Backend
+from reference_engine.bundle_checksums import Verify
+from reference_engine.flash_io import IO_ALIGNMENT, RangeReader, open_reader
+from reference_engine.neuron_window import LRU, WindowChoice
+from reference_engine.plan import FixedParts
+from reference_engine.selectors import (
+    SelectorChoice,
+    TappedSelector,
+    load_selectors,
+    selectors_load_nbytes,
+    selectors_nbytes,
+)
+from reference_engine.slot_sharing import F64, expected_misses
+from reference_engine.sparse_bundles import OpenReader, SparseBundles
+from reference_engine.sparse_plan import BundleSizes, SparsePlan, plan_sparse
+
+
+@dataclass(frozen=True, slots=True)
+class SparseOptions:
+    """How neurons are left out.
+
+    Parameters
+    ----------
+    selector : decides which neurons are computed.
+    prefetch : a selector whose choice is read ahead and decides nothing; None for none.
+    window : which bundles stay from token to token.
+    open_reader : opens a file of bundles for reading; None takes the best way that works here.
+    """
+
+    selector: SelectorChoice
+    prefetch: SelectorChoice | None = None
+    window: WindowChoice = LRU
+    open_reader: OpenReader | None = None
+
+    @property
+    def choices(self) -> tuple[SelectorChoice, ...]:
+        """All selectors that are asked for."""
+        return (self.selector,) if self.prefetch is None else (self.selector, self.prefetch)
+
+
+def sparse_selectors_nbytes(model: FlashModel, options: SparseOptions) -> int:
+    """DRAM that all selectors take.
+
+    Raises
+    ------
+    FlashError
+        If a selector does not go with the model.
+    """
+    return sum(selectors_nbytes(model, choice) for choice in options.choices)
+
+
+def sparse_load_nbytes(model: FlashModel, options: SparseOptions) -> int:
+    """Bytes that `load_sparse` reports to its progress callback."""
+    return sum(selectors_load_nbytes(model, choice) for choice in options.choices)
+
+
+def plan_sparse_mode(model: FlashModel, fixed: FixedParts, ceiling: int, context_tokens: int) -> SparsePlan:
+    """Split `ceiling` bytes.
+
+    Raises
+    ------
+    BudgetError
+        If the ceiling is below the floor; names the floor.
+    """
+    sizes = BundleSizes(
+        n_layers=model.decoder.n_layers,
+        n_neurons=model.decoder.ffn.d_ff,
+        stride=max(info.geometry.stride for info in model.layers),
+        n_files=len({info.extent.path for info in model.layers}),
+    )
+    return plan_sparse(fixed, sizes, ceiling, context_tokens, _curves(model))
+
+
+def load_sparse(
+    model: FlashModel,
+    options: SparseOptions,
+    plan: SparsePlan,
+    backend: Backend,
+    *,
+    verify: Verify,
+    progress: Callable[[int], None] | None = None,
+) -> SparseBundles:
+    """Load the selectors and open the files; bundles come when they are first wanted.
+
+    Raises
+    ------
+    FlashReadError, ChecksumError
+        If a selector cannot be read.
+    FlashError
+        If the selectors do not go with the model, or with each other.
+    """
+    selectors = load_selectors(model, options.selector, backend, verify=verify, progress=progress)
+    hints: list[TappedSelector] | None = None
+    if options.prefetch is not None:
+        if any((s.tap.layer, s.tap.point) != (layer, "ffn_input") for layer, s in enumerate(selectors)):
+            raise PromptError("a selector that decides beside a prefetching one looks at the FFN input itself")
+        hints = load_selectors(model, options.prefetch, backend, verify=verify, progress=progress)
+    n_neurons = model.decoder.ffn.d_ff
+    return SparseBundles(
+        model,
+        selectors=selectors,
+        hints=hints,
+        windows=[options.window.build(n_neurons, capacity) for capacity in plan.capacities],
+        capacities=plan.capacities,
+        open_reader=options.open_reader or _opener(model),
+        verify=verify,
+    )
+
+
+def _curves(model: FlashModel) -> list[tuple[F64, F64]] | None:
+    """Expected misses of each layer over its slots, where the file has statistics."""
+    curves = []
+    for layer in range(model.decoder.n_layers):
+        statistics = model.statistics(layer)
+        if statistics is None:
+            return None
+        curves.append(expected_misses(statistics["aggregated_window"], model.decoder.ffn.d_ff))
+    return curves
+
+
+def _opener(model: FlashModel) -> OpenReader:
+    alignments: dict[Path, int] = {}
+    for info in model.layers:
+        known = alignments.get(info.extent.path, IO_ALIGNMENT)
+        alignments[info.extent.path] = math.gcd(known, info.extent.offset, info.geometry.stride)
+
+    def opener(path: Path) -> RangeReader:
+        return open_reader(path, range_alignment=alignments[path])
+
+    return opener
