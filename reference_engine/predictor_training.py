@@ -24,6 +24,7 @@ Mask = npt.NDArray[np.bool_]
 LOGIT_LIMIT: Final = 20.0
 _N_BINS: Final = 4000
 _BIAS_LIMIT: Final = 12.0
+_SATURATED: Final = np.float32(60)
 _RIDGE: Final = 1e-3  # of the mean variance: directions that hardly occur must not be blown up
 _BETAS: Final = (0.9, 0.99)
 _EPSILON: Final = 1e-8
@@ -166,21 +167,30 @@ class RegressionStart:
         return _f32(down), _f32(up), _f32(bias)
 
 
-def balanced_loss(logits: F32, active: Mask, weights: tuple[float, float]) -> tuple[float, F32]:
-    """Balanced binary cross-entropy, averaged over all entries, and its derivative by the logits.
+def balanced_loss(logits: F32, active: Mask, weights: tuple[float, float]) -> float:
+    """Balanced binary cross-entropy, averaged over all entries.
 
     Parameters
     ----------
     logits, active : [n_tokens, n_neurons].
     weights : of an active and of an inactive entry.
     """
-    weight = np.where(active, np.float32(weights[0]), np.float32(weights[1]))
-    signed = np.where(active, -logits, logits)  # loss = log(1 + exp(signed)) = softplus
-    small = np.exp(-np.abs(signed))
-    loss = float((weight * (np.maximum(signed, 0) + np.log1p(small))).mean(dtype=np.float64))
-    sigmoid = np.where(signed >= 0, np.float32(1), small) / (np.float32(1) + small)
-    slope = weight * np.where(active, -sigmoid, sigmoid) / np.float32(logits.size)
-    return loss, cast(F32, slope)
+    weight = np.where(active, weights[0], weights[1])
+    signed = np.where(active, -logits, logits).astype(np.float64)
+    return float((weight * np.logaddexp(0, signed)).mean())
+
+
+def balanced_slope(logits: F32, active: Mask, weights: tuple[float, float]) -> F32:
+    """Derivative of `balanced_loss` by the logits, which it overwrites: float32 [n_tokens, n_neurons]."""
+    slope = np.clip(logits, -_SATURATED, _SATURATED, out=logits)  # exp must not overflow
+    np.negative(slope, out=slope)
+    np.exp(slope, out=slope)
+    slope += np.float32(1)
+    np.reciprocal(slope, out=slope)
+    slope -= active
+    by_activity = np.array([weights[1], weights[0]], np.float32) / np.float32(slope.size)
+    slope *= by_activity[active.view(np.uint8)]
+    return slope
 
 
 def fit_low_rank(
@@ -206,7 +216,7 @@ def fit_low_rank(
         down, up, bias = parameters
         standard = (z - mean) / scale
         narrow = standard @ down.T  # (n, rank)
-        _, slope = balanced_loss(narrow @ up.T + bias, active, weights)
+        slope = balanced_slope(narrow @ up.T + bias, active, weights)
         gradients = [(slope @ up).T @ standard, slope.T @ narrow, slope.sum(axis=0)]
         progress = min(step / n_steps, 1.0)
         optimiser.step(gradients, options.learning_rate * 0.5 * (1 + np.cos(np.pi * progress)))
