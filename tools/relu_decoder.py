@@ -160,7 +160,8 @@ def export(model: Decoder, tokenizer: Path, target: Path, end_of_text: str) -> N
         difference = (checkpoint(ids).logits - model(ids)[0]).abs().max().item()
     if difference > 1e-3:
         raise ValueError(f"the exported checkpoint's logits differ by {difference}")
-    checkpoint.generation_config.update(bos_token_id=end_id, eos_token_id=end_id)
+    generation = hf.GenerationConfig(bos_token_id=end_id, eos_token_id=end_id)  # type: ignore[no-untyped-call]
+    checkpoint.generation_config = generation
     target.mkdir(parents=True, exist_ok=True)
     checkpoint.half().save_pretrained(target)
     fast.save_pretrained(target)

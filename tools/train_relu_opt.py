@@ -61,8 +61,8 @@ class Recipe:
     sparse_until: float = 0.7
     start_active: float = 0.3
     final_active: float = 0.065
-    penalty_gain: float = 0.03
-    smallest_penalty: float = 1e-3
+    penalty_gain: float = 0.05
+    smallest_penalty: float = 0.1
     max_gradient_norm: float = 1.0
 
     def rate_scale(self, step: int, progress: float) -> float:
