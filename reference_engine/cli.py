@@ -23,10 +23,14 @@ from reference_engine.backends import is_compiled
 from reference_engine.chat_template import ChatTemplate, load_chat_template
 from reference_engine.engine import Engine, EngineOptions, Session
 from reference_engine.generate import Generation, generate
+from reference_engine.neuron_window import DEFAULT_WINDOW, parse_window
 from reference_engine.plan import MemoryPlan
-from reference_engine.sparse_plan import SparsePlan
 from reference_engine.sampler import SamplingOptions
+from reference_engine.selectors import parse_selector
 from reference_engine.sizes import format_size, parse_size
+from reference_engine.sparse_mode import SparseOptions
+from reference_engine.sparse_plan import SparsePlan
+from reference_engine.sparse_view import print_layers, watching
 from reference_engine.tokenizer import Tokenizer, load_tokenizer
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -41,6 +45,18 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
         return parse_size(value)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from None
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """Callback that understands the value of an option by `parse`, which raises ValueError."""
+
+    def understand(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else parse(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+
+    return understand
 
 
 def _grouped(*options: Decorator) -> Decorator:
@@ -77,6 +93,28 @@ _ENGINE_OPTIONS = _grouped(
         default="first",
         show_default=True,
         help="When to check the checksums of what is read.",
+    ),
+    click.option(
+        "--selector",
+        callback=_parsed(parse_selector),
+        metavar="SELECTOR",
+        help="Compute only the neurons that this names: file, threshold:T, lowbit:q4, oracle, all, trace:FILE; "
+        "@previous or @attention_input at the end looks ahead. The output is then an approximation. [default: all "
+        "neurons, exactly]",
+    ),
+    click.option(
+        "--prefetch",
+        callback=_parsed(parse_selector),
+        metavar="SELECTOR",
+        help="Read ahead what this names, beside the selector that decides; such as lowbit:q4@previous.",
+    ),
+    click.option(
+        "--window",
+        callback=_parsed(parse_window),
+        metavar="RULE",
+        default=DEFAULT_WINDOW,
+        show_default=True,
+        help="Which bundles stay in memory with --selector: lru, or paper:K.",
     ),
 )  # fmt: skip
 
@@ -115,10 +153,31 @@ def plan(model: Path, as_json: bool, **options: Any) -> None:
 @click.option("--tokens", help="Prompt as token ids, separated by commas, for a file without a tokenizer.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end of the text.")
 @click.option("--json", "as_json", is_flag=True, help="Write text and statistics as one JSON object.")
+@click.option("--stats", "with_layers", is_flag=True, help="With --selector: figures of each layer, on stderr.")
+@click.option("--live", is_flag=True, help="With --selector: show on stderr what the layers do while they do it.")
+@click.option(
+    "--trace",
+    "trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --selector: record active neurons and figures of each token in a file, as JSON lines.",
+)
 @_TEXT_OPTIONS
 @_ENGINE_OPTIONS
-def run(model: Path, prompt: str | None, tokens: str | None, as_chat: bool, as_json: bool, **options: Any) -> None:
+def run(
+    model: Path,
+    prompt: str | None,
+    *,
+    tokens: str | None,
+    as_chat: bool,
+    as_json: bool,
+    with_layers: bool,
+    live: bool,
+    trace: Path | None,
+    **options: Any,
+) -> None:
     """Continue PROMPT (or standard input, with -) with MODEL, and say on stderr what it cost."""
+    if options["selector"] is None and (with_layers or live or trace is not None):
+        raise click.UsageError("--stats, --live and --trace show what --selector does")
     text = _TextSettings(options)
     token_ids = _parse_tokens(tokens)
     if (prompt is None) == (token_ids is None):
@@ -130,16 +189,19 @@ def run(model: Path, prompt: str | None, tokens: str | None, as_chat: bool, as_j
         ids = token_ids if prompt is None else speech.first_prompt(prompt)
         _load(engine, quiet=text.quiet or as_json)
         generation = text.generate(engine, speech.tokenizer, ids or [])
-        for piece in generation:
-            if not as_json:
-                sys.stdout.write(_shown(piece.token_id, piece.text, speech.tokenizer))
-                sys.stdout.flush()
+        with watching(engine, trace=trace, live=live):
+            for piece in generation:
+                if not as_json:
+                    sys.stdout.write(_shown(piece.token_id, piece.text, speech.tokenizer))
+                    sys.stdout.flush()
         if as_json:
             click.echo(json.dumps(_report(engine, generation)))
             return
         click.echo()
         if not text.quiet:
             _print_statistics(generation)
+        if with_layers:
+            print_layers(Console(stderr=True), engine)
 
 
 @click.command()
@@ -297,7 +359,11 @@ def _ask(*, quiet: bool) -> str | None:
 def _engine(model: Path, options: dict[str, Any], loaded_before_plan: Callable[[FlashModel], object]) -> Engine:
     if not is_compiled(options["backend"]):
         click.echo("compiling kernels for this processor; this happens once and takes about a minute", err=True)
-    return Engine(model, EngineOptions(**options), loaded_before_plan=loaded_before_plan)
+    selector, prefetch, window = (options.pop(name) for name in ("selector", "prefetch", "window"))
+    if selector is None and prefetch is not None:
+        raise click.UsageError("--prefetch reads ahead for a --selector")
+    sparse = None if selector is None else SparseOptions(selector, prefetch, window)
+    return Engine(model, EngineOptions(**options, sparse=sparse), loaded_before_plan=loaded_before_plan)
 
 
 def _load(engine: Engine, *, quiet: bool) -> None:
@@ -328,6 +394,8 @@ def _print_plan(console: Console, plan: MemoryPlan | SparsePlan) -> None:
     table.add_row("smallest ceiling that works", format_size(plan.floor))
     read = plan.streamed if isinstance(plan, MemoryPlan) else plan.expected_read
     table.add_row("read from flash for each token", "as the text needs" if read is None else format_size(read))
+    if isinstance(plan, SparsePlan):
+        table.caption = "what the selector leaves out counts as zero: the output is an approximation"
     console.print(table)
 
 
@@ -347,4 +415,5 @@ def _report(engine: Engine, generation: Generation) -> dict[str, Any]:
         "finish_reason": generation.finish_reason,
         "statistics": generation.statistics.as_dict(),
         "plan": engine.plan.as_dict(),
+        **({} if engine.sparse is None else {"sparse": engine.sparse.totals.as_dict()}),
     }

@@ -172,6 +172,7 @@ class WindowChoice:
 
 
 LRU: Final = WindowChoice("lru")
+DEFAULT_WINDOW: Final = "lru"
 
 
 def parse_window(text: str) -> WindowChoice:

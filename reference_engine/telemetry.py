@@ -111,7 +111,7 @@ class SparseTotals:
 
     def columns(self) -> tuple[str, ...]:
         """Headings of `rows`."""
-        return ("layer", "active", "hit rate", "missing", "read", "requests", "select", "wait", "check", "upkeep",
+        return ("layer", "active", "hits", "missing", "KiB read", "requests", "select", "wait", "check", "upkeep",
                 "compute")  # fmt: skip
 
     def rows(self, n_neurons: int) -> list[tuple[str, ...]]:
@@ -126,7 +126,7 @@ class SparseTotals:
             f"{_ratio(mean['n_active'], n_neurons):.1%}",
             f"{_ratio(mean['n_hits'], mean['n_active']):.1%}",
             f"{mean['n_missing']:.1f}",
-            f"{mean['bytes_read'] / 1024:.0f} KiB",
+            f"{mean['bytes_read'] / 1024:.0f}",
             f"{mean['n_requests']:.1f}",
             *(f"{mean[name] * 1e6:.0f}" for name in FIGURES if name.endswith("_seconds")),
         )
