@@ -1,12 +1,34 @@
-"""Small synthetic models for the engine's tests."""
+"""Small synthetic models, converted tiny checkpoints and texts for the engine's tests."""
 
+import numpy as np
 import pytest
 
+from flashfmt.convert import convert
 from flashfmt.encodings import Encoding
 from reference_engine.synthetic import Shape, write_synthetic
 
 TINY_PLAIN = Shape("tiny-plain", 3, 64, 448, 4, 4, 97, plain=True, tied=True, context_tokens=512)
 TINY_GATED = Shape("tiny-gated", 2, 128, 320, 8, 2, 97, plain=False, tied=False, context_tokens=512)
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dog",
+    "boxing",
+    "wizards",
+    "make",
+    "eight",
+    "words",
+    "a",
+    "sentence",
+    "they",
+    "do",
+    "not",
+]
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +45,29 @@ def synthetic(tmp_path_factory):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_flash(tiny_checkpoint, tmp_path_factory):
+    """A function (variant, encoding="f32") -> path of the tiny checkpoint as a flash file."""
+    folder = tmp_path_factory.mktemp("flash")
+
+    def make(variant, encoding="f32"):
+        path = folder / f"{variant}-{encoding}.flash"
+        if not path.exists():
+            convert(tiny_checkpoint(variant)[0], path, encoding=encoding, residents=encoding)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_text(tmp_path_factory):
+    """A function (seed, n_words, name="text.txt", start="") -> path of a text of random words."""
+
+    def write(seed, n_words, name="text.txt", start=""):
+        path = tmp_path_factory.mktemp("text") / name
+        path.write_text(start + " ".join(np.random.default_rng(seed).choice(WORDS, n_words)))
+        return path
+
+    return write
