@@ -23,7 +23,7 @@ from reference_engine.backends import is_compiled
 from reference_engine.chat_template import ChatTemplate, load_chat_template
 from reference_engine.engine import Engine, EngineOptions, Session
 from reference_engine.generate import Generation, generate
-from reference_engine.neuron_window import DEFAULT_WINDOW, parse_window
+from reference_engine.neuron_window import parse_window
 from reference_engine.plan import MemoryPlan
 from reference_engine.sampler import SamplingOptions
 from reference_engine.selectors import parse_selector
@@ -112,9 +112,9 @@ _ENGINE_OPTIONS = _grouped(
         "--window",
         callback=_parsed(parse_window),
         metavar="RULE",
-        default=DEFAULT_WINDOW,
+        default="frequency",
         show_default=True,
-        help="Which bundles stay in memory with --selector: lru, or paper:K.",
+        help="Which bundles stay in memory with --selector: frequency:H (half-life of H tokens, 64), lru, or paper:K.",
     ),
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from flashfmt.errors import PromptError
 from reference_engine.backends import Backend
 from reference_engine.bundle_checksums import Verify
 from reference_engine.flash_io import IO_ALIGNMENT, RangeReader, open_reader
-from reference_engine.neuron_window import LRU, WindowChoice
+from reference_engine.neuron_window import DEFAULT_WINDOW, WindowChoice
 from reference_engine.plan import FixedParts
 from reference_engine.selectors import (
     SelectorChoice,
@@ -43,7 +43,7 @@ class SparseOptions:
 
     selector: SelectorChoice
     prefetch: SelectorChoice | None = None
-    window: WindowChoice = LRU
+    window: WindowChoice = DEFAULT_WINDOW
     open_reader: OpenReader | None = None
 
     @property
