@@ -19,6 +19,7 @@ from flashfmt.encodings import Encoding, encode
 from flashfmt.manifest import InputTap, Measured, Predictor
 from reference_engine.backends import Backend, Matrix
 from reference_engine.observation import NONZERO, Cut
+from reference_engine.operating_points import LayerRule
 from reference_engine.predictor_training import LowRankFit
 from reference_engine.selectors import LowBitGate, LowRankPredictor
 
@@ -120,6 +121,10 @@ class FittedPredictor:
         if p.kind == "low_rank":
             return scores > np.float32(logit(p.threshold))
         return (scores if p.signed else np.abs(scores)) > np.float32(p.threshold)
+
+    def rule(self, backend: Backend) -> LayerRule:
+        """Computing what it predicts, for an operating point."""
+        return LayerRule(self.active, predict=lambda z: self.predict(z, backend), tap=self.description.tap)
 
     def _matrix(self, name: str, n_rows: int, n_cols: int) -> Matrix:
         encoding, data = self.arrays[name]

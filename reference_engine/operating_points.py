@@ -7,7 +7,7 @@ Knows: rules and counts. Does not know: texts, reports.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,13 +24,15 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class LayerRule:
-    """What is computed in a layer: what `selector` says of the tapped activation, or what passes `keep`, or all.
+    """What is computed in a layer: what passes `keep`; or what is chosen by the tapped activation; or all.
 
-    `active` says which neurons the choice is measured against.
+    `selector` chooses for one token after another. `predict` does the same for many tokens at once: from float32
+    [n_tokens, d_model] to bool [n_tokens, n_neurons]. `active` says which neurons the choice is measured against.
     """
 
     active: Cut = NONZERO
     selector: Selector | None = None
+    predict: Callable[[F32], Mask] | None = None
     tap: InputTap | None = None
     keep: Cut | None = None
 
@@ -151,15 +153,18 @@ class Masking:
             self._tapped[layer, point] = x.copy()
 
     def begin(self, layer: int) -> None:
-        """Ask the layer's selector, one token at a time."""
+        """Choose by the tapped activation."""
         rule = self.point.rules[layer]
         self._computed = None
-        if rule.selector is None or rule.tap is None:
+        if rule.tap is None:
             return
         z = self._tapped[rule.tap.layer, rule.tap.point]
-        self._computed = np.zeros((len(z), self._d_ff), np.bool_)
-        for token, computed in enumerate(self._computed):
-            computed[rule.selector.select(z[token : token + 1])] = True
+        if rule.predict is not None:
+            self._computed = rule.predict(z)
+        elif rule.selector is not None:
+            self._computed = np.zeros((len(z), self._d_ff), np.bool_)
+            for token, computed in enumerate(self._computed):
+                computed[rule.selector.select(z[token : token + 1])] = True
 
     def neurons(self, layer: int, neurons: slice, tested: F32, h: F32) -> Mask:
         """What counts of these neurons."""

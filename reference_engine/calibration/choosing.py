@@ -19,7 +19,7 @@ from reference_engine.calibration.options import RANKS, CalibrationOptions
 from reference_engine.calibration.scratch import Scratch, Section
 from reference_engine.fitted_predictor import FittedPredictor
 from reference_engine.observation import Cut, ObservedModel
-from reference_engine.operating_points import LayerRule, OperatingPoint, Tally
+from reference_engine.operating_points import OperatingPoint, Tally
 from reference_engine.predictor_training import CutCurve, LowRankFit, TrainingOptions, choose_rank, cut_curve
 from reference_engine.value_cuts import ValueSample, natural_cut
 
@@ -172,10 +172,9 @@ def measure(predictor: FittedPredictor, section: Section, backend: Backend) -> T
     return tally
 
 
-def operating_point(predictors: Sequence[FittedPredictor], backend: Backend, setting: str = "") -> OperatingPoint:
+def operating_point(predictors: Sequence[FittedPredictor], backend: Backend) -> OperatingPoint:
     """Computing what these predictors say, layer by layer."""
-    rules = tuple(LayerRule(p.active, p.selector(backend), p.description.tap) for p in predictors)
-    return OperatingPoint("file", setting, rules)
+    return OperatingPoint("file", "", tuple(predictor.rule(backend) for predictor in predictors))
 
 
 def _cheapest(

@@ -79,10 +79,14 @@ def _draw_layers(axes: Any, evaluation: Evaluation) -> None:
 
 
 def _draw_windows(axes: Any, evaluation: Evaluation) -> None:
-    for rule, label in (("recent", "last k tokens"), ("least_recent", "by capacity")):
+    for rule, label in (
+        ("paper", "paper, last k tokens"),
+        ("lru", "lru, by capacity"),
+        ("frequency", "frequency, by capacity"),
+    ):
         found = [window for window in evaluation.windows if window.rule == rule]
         axes.plot([100 * w.held_share for w in found], [100 * w.hit_rate for w in found], marker="o", label=label)
-        for window in found if rule == "recent" else ():
+        for window in found if rule == "paper" else ():
             place = 100 * window.held_share, 100 * window.hit_rate
             axes.annotate(f"k={window.size:g}", place, (-6, 4), textcoords="offset points", ha="right", fontsize=7)
     axes.set(xlabel="neurons held, % of the FFN", ylabel="hits, %", title="Neuron windows", ylim=(0, 102))

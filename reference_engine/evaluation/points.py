@@ -98,7 +98,9 @@ def _as_run(model: ObservedModel, name: str, choice: SelectorChoice) -> Operatin
         keep = Cut("h" if choice.kind == "oracle" else "activated", threshold, magnitude=True)
         return OperatingPoint(selector, setting, (LayerRule(keep=keep),) * n_layers)
     tapped = load_selectors(model.model, choice, model.backend)
-    rules = tuple(LayerRule(_active(model, choice, i), each.selector, each.tap) for i, each in enumerate(tapped))
+    rules = tuple(
+        LayerRule(_active(model, choice, i), selector=each.selector, tap=each.tap) for i, each in enumerate(tapped)
+    )
     return OperatingPoint(selector, setting, rules)
 
 
@@ -125,7 +127,7 @@ def _by_share(model: ObservedModel, name: str, share: float, sample: ValueSample
         cut = sample.tested_cut(layer, share)
         tap = InputTap(layer=layer)
         gate = FittedPredictor.low_bit_gate(model.model, layer, tap, cut, Encoding(encoding))
-        rules.append(LayerRule(cut, gate.selector(model.backend), tap))
+        rules.append(gate.rule(model.backend))
     return OperatingPoint(selector, setting, tuple(rules))
 
 
@@ -144,6 +146,6 @@ def _sweep(model: ObservedModel) -> list[OperatingPoint]:
             p = predictor.description
             if p.kind == "low_rank":
                 predictor = predictor.with_threshold(sigmoid(logit(p.threshold) + offset))  # noqa: PLW2901
-            rules.append(LayerRule(predictor.active, predictor.selector(model.backend), p.tap))
+            rules.append(predictor.rule(model.backend))
         points.append(OperatingPoint("file", f"logit {offset:+g}", tuple(rules)))
     return points

@@ -52,7 +52,7 @@ class PointResult:
 class WindowResult:
     """A simulated neuron window, all layers together.
 
-    `rule` is ``recent`` (the last k tokens, `size` is k) or ``least_recent`` (`size` is the capacity as a share of a
+    `rule` is ``paper`` (the last k tokens; `size` is k), ``lru`` or ``frequency`` (`size` is the capacity as a share of a
     layer). `held_share` is what it holds on average, `missing_share` what a token loads, both as shares of all neurons.
     """
 

@@ -60,7 +60,7 @@ def _windows(evaluation: Evaluation) -> Table:
     for name in ("hits", "held", "loaded a token"):
         table.add_column(name, justify="right")
     for window in evaluation.windows:
-        size = f"last {window.size:g} tokens" if window.rule == "recent" else f"{window.size:.0%} of a layer"
+        size = f"paper, last {window.size:g} tokens" if window.rule == "paper" else f"{window.rule}, {window.size:.0%}"
         table.add_row(size, _percent(window.hit_rate), _percent(window.held_share), _percent(window.missing_share))
     return table
 

@@ -3,42 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from reference_engine.evaluation.results import WindowResult
-from reference_engine.neuron_window import LeastRecent, NeuronWindow, RecentTokens
+from reference_engine.neuron_window import DEFAULT_WINDOW, NeuronWindow, WindowChoice
 
 Mask = npt.NDArray[np.bool_]
+
+CAPACITY_RULES: Final = (WindowChoice("lru"), DEFAULT_WINDOW)
 
 
 def simulate_windows(
     layers: Sequence[Mask], *, k_tokens: Iterable[int], capacities: Iterable[float]
 ) -> tuple[WindowResult, ...]:
-    """Run both rules over the sets of every layer, from empty windows.
+    """Run the rules over the sets of every layer, from empty windows.
 
     Parameters
     ----------
     layers : by layer, bool [n_tokens, n_neurons].
-    k_tokens : window lengths of the paper's rule.
-    capacities : of the capacity-bound rule, as shares of a layer.
+    k_tokens : window lengths of the paper's rule, which then has all the room that it wants.
+    capacities : of the rules that go by capacity, as shares of a layer.
     """
-    results = [_simulate("recent", k, layers, [RecentTokens(m.shape[1], k) for m in layers]) for k in k_tokens]
-    for share in capacities:
-        windows = [LeastRecent(m.shape[1], max(1, round(share * m.shape[1]))) for m in layers]
-        results.append(_simulate("least_recent", share, layers, windows))
+    results = []
+    for k in k_tokens:
+        windows = [WindowChoice("paper", k).build(m.shape[1], m.shape[1]) for m in layers]
+        results.append(_simulate("paper", k, layers, windows, [m.shape[1] for m in layers]))
+    shares = tuple(capacities)
+    for rule in CAPACITY_RULES:
+        for share in shares:
+            rooms = [max(1, round(share * m.shape[1])) for m in layers]
+            windows = [rule.build(m.shape[1], room) for m, room in zip(layers, rooms, strict=True)]
+            results.append(_simulate(rule.rule, share, layers, windows, rooms))
     return tuple(results)
 
 
-def _simulate(rule: str, size: float, layers: Sequence[Mask], windows: Sequence[NeuronWindow]) -> WindowResult:
+def _simulate(
+    rule: str, size: float, layers: Sequence[Mask], windows: Sequence[NeuronWindow], rooms: Sequence[int]
+) -> WindowResult:
     hits = missing = held = 0
-    for active_sets, window in zip(layers, windows, strict=True):
+    for active_sets, window, room in zip(layers, windows, rooms, strict=True):
         n_held = 0
         for mask in active_sets:
             active = np.flatnonzero(mask).astype(np.int32)
-            room = window.capacity if isinstance(window, LeastRecent) else max(len(active), 1)
-            for first in range(0, len(active), room):
+            for first in range(0, max(len(active), 1), room):  # a token without active neurons is a token, too
                 step = window.step(active[first : first + room])
                 hits += len(step.hits)
                 missing += len(step.missing)

@@ -9,26 +9,8 @@ from reference_engine.synthetic import Shape, write_synthetic
 
 TINY_PLAIN = Shape("tiny-plain", 3, 64, 448, 4, 4, 97, plain=True, tied=True, context_tokens=512)
 TINY_GATED = Shape("tiny-gated", 2, 128, 320, 8, 2, 97, plain=False, tied=False, context_tokens=512)
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "lazy",
-    "dog",
-    "boxing",
-    "wizards",
-    "make",
-    "eight",
-    "words",
-    "a",
-    "sentence",
-    "they",
-    "do",
-    "not",
-]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "boxing", "wizards", "make", "eight"]
+WORDS += ["words", "a", "sentence", "they", "do", "not"]
 
 
 @pytest.fixture(scope="session")
