@@ -52,8 +52,8 @@ class PointResult:
 class WindowResult:
     """A simulated neuron window, all layers together.
 
-    `rule` is ``paper`` (the last k tokens; `size` is k), ``lru`` or ``frequency`` (`size` is the capacity as a share of a
-    layer). `held_share` is what it holds on average, `missing_share` what a token loads, both as shares of all neurons.
+    `rule` is ``paper`` (the last k tokens; `size` is k), ``lru`` or ``frequency`` (`size` is the capacity as a share of
+    a layer). `held_share` is what it holds on average, `missing_share` what a token loads: shares of all neurons.
     """
 
     rule: str
