@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -20,12 +21,17 @@ def kv_cache_nbytes(decoder: Decoder, context_tokens: int, kv_type: KvType) -> i
 
 
 class KvCache:
-    """`keys` and `values` of a layer are [n_kv_heads, context_tokens, head_dim]; the first `n_tokens` are valid."""
+    """`keys` and `values` of a layer are [n_kv_heads, context_tokens, head_dim]; the first `n_tokens` are valid.
 
-    def __init__(self, decoder: Decoder, context_tokens: int, kv_type: KvType = "f32") -> None:
+    `zeros` makes the array that holds them all, from a shape and a dtype.
+    """
+
+    def __init__(
+        self, decoder: Decoder, context_tokens: int, kv_type: KvType = "f32", zeros: Callable[..., Any] = np.zeros
+    ) -> None:
         a = decoder.attention
         shape = (2, decoder.n_layers, a.n_kv_heads, context_tokens, a.head_dim)
-        self._data: npt.NDArray[Any] = np.zeros(shape, KV_DTYPES[kv_type])
+        self._data: npt.NDArray[Any] = zeros(shape, KV_DTYPES[kv_type])
         self.context_tokens = context_tokens
         self.n_tokens = 0
 

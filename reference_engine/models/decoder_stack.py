@@ -48,7 +48,7 @@ class _LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rotation:
+class Rotation:
     """Sines and cosines of the positions of one forward pass, [n_tokens, n_dims / 2]."""
 
     cos: F32
@@ -125,15 +125,15 @@ class DecoderStack:
             x = self._norm(d.norm, self._embedding_norm, x)
         return x
 
-    def _rotations(self, positions: npt.NDArray[np.int64]) -> dict[str, _Rotation]:
+    def _rotations(self, positions: npt.NDArray[np.int64]) -> dict[str, Rotation]:
         rotations = {}
         for table in self.decoder.rotary:
             angles = positions.astype(np.float32)[:, None] * self._frequencies[table.name]
             factor = np.float32(table.attention_factor)
-            rotations[table.name] = _Rotation(np.cos(angles) * factor, np.sin(angles) * factor, table.pairing)
+            rotations[table.name] = Rotation(np.cos(angles) * factor, np.sin(angles) * factor, table.pairing)
         return rotations
 
-    def _layer(self, index: int, layer: Layer, x: F32, kv_cache: KvCache, rotations: dict[str, _Rotation]) -> F32:
+    def _layer(self, index: int, layer: Layer, x: F32, kv_cache: KvCache, rotations: dict[str, Rotation]) -> F32:
         norm, w = self.decoder.norm, self._layers[index]
         rotation = rotations[layer.rotary] if layer.rotary is not None else None
         match self.decoder.block.order:
@@ -148,7 +148,7 @@ class DecoderStack:
                 g = h if self.decoder.block.shared_norm else self._norm(norm, w.ffn_norm, x)
                 return x + self._attention(index, layer, h, kv_cache, rotation) + self._feed_forward(index, g)
 
-    def _attention(self, index: int, layer: Layer, x: F32, kv_cache: KvCache, rotation: _Rotation | None) -> F32:
+    def _attention(self, index: int, layer: Layer, x: F32, kv_cache: KvCache, rotation: Rotation | None) -> F32:
         a, w, b = self.decoder.attention, self._layers[index], self._backend
         n_tokens = len(x)
         self._bundles.tap(index, "attention_input", x)
