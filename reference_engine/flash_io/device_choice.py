@@ -25,15 +25,19 @@ def choose_profile(measurements: Sequence[Measurement]) -> DeviceProfile:
     - backend: the fastest at random blocks up to 64 KiB; of those within 10 % of it, the one with least processor time.
     - depth: the smallest that reaches 95 % of the best at `REFERENCE_BLOCK`.
     - gap: time of a request is fitted as ``a + b * bytes``; reading through ``a / b`` bytes costs what a request saves.
-    - largest request: the smallest block that reaches 95 % of the best bandwidth at that depth.
+    - largest request: the smallest block that reaches 95 % of the best bandwidth, at that depth or less.
     """
     random = [m for m in measurements if m.pattern == "random" and m.backend in DEFAULT_BACKENDS]
     backend, why_backend = _choose_backend(random)
     own = [m for m in random if m.backend == backend]
     depth, why_depth = _choose_depth(own)
-    at_depth = sorted((m for m in own if m.depth == depth), key=lambda m: m.block_bytes)
-    max_request, why_request = _choose_request(at_depth)
-    gap, why_gap = _choose_gap(at_depth)
+    fastest: dict[int, Measurement] = {}  # by block: large ones are not measured at great depths
+    for m in own:
+        if m.depth <= depth:
+            fastest[m.block_bytes] = max(m, fastest.get(m.block_bytes, m), key=lambda each: each.bytes_per_second)
+    by_block = [fastest[block] for block in sorted(fastest)]
+    max_request, why_request = _choose_request(by_block)
+    gap, why_gap = _choose_gap(by_block)
     tuning = IoTuning(gap_bytes=min(gap, max_request - _GAP_UNIT), max_request_bytes=max_request, depth=depth)
     return DeviceProfile(
         backend=backend,
@@ -67,16 +71,16 @@ def _choose_depth(own: Sequence[Measurement]) -> tuple[int, str]:
     return depth, f"depth {depth}: smallest with 95 % of the best bandwidth at random 16 KiB"
 
 
-def _choose_request(at_depth: Sequence[Measurement]) -> tuple[int, str]:
-    best = max(m.bytes_per_second for m in at_depth)
-    nearly = min(m.block_bytes for m in at_depth if m.bytes_per_second >= _NEARLY * best)
+def _choose_request(by_block: Sequence[Measurement]) -> tuple[int, str]:
+    best = max(m.bytes_per_second for m in by_block)
+    nearly = min(m.block_bytes for m in by_block if m.bytes_per_second >= _NEARLY * best)
     size = max(nearly, _MIN_REQUEST)
     return size, f"requests up to {size >> 10} KiB: smallest with 95 % of the best {best / 2**30:.2f} GiB/s"
 
 
-def _choose_gap(at_depth: Sequence[Measurement]) -> tuple[int, str]:
-    sizes = np.array([m.block_bytes for m in at_depth], float)
-    seconds = np.array([m.block_bytes / m.bytes_per_second for m in at_depth])
+def _choose_gap(by_block: Sequence[Measurement]) -> tuple[int, str]:
+    sizes = np.array([m.block_bytes for m in by_block], float)
+    seconds = np.array([m.block_bytes / m.bytes_per_second for m in by_block])
     if len(sizes) < 2:
         return 0, "gaps are not read through: too few block sizes were measured"
     columns = np.stack([np.ones_like(sizes), sizes], axis=1) / seconds[:, None]  # relative errors count alike

@@ -26,7 +26,7 @@ from reference_engine.flash_io.request_plan import I64
 Pattern = Literal["random", "sequential"]
 
 BLOCKS: Final = tuple(kib << 10 for kib in (4, 16, 32, 64, 256, 1024, 2048))
-DEPTHS: Final = (1, 8, 32, 128)
+DEPTHS: Final = (1, 8, 32, 128, 512)
 PATTERNS: Final[tuple[Pattern, ...]] = ("random", "sequential")
 BACKEND_NAMES: Final[tuple[BackendName, ...]] = ("uring", "aio", "pread", "mmap")
 _MAX_IN_FLIGHT: Final = 64 << 20
@@ -121,7 +121,7 @@ def measure_case(path: Path, case: Case, *, seconds: float, rng: np.random.Gener
     """Bandwidth and processor time of one case; two batches are kept under way, so that the depth is kept up."""
     tuning = IoTuning(gap_bytes=0, max_request_bytes=case.block_bytes, depth=case.depth)
     n_blocks = path.stat().st_size // case.block_bytes
-    n_batch = int(min(max(_MIN_BATCH, 4 * case.depth), max(1, _MAX_IN_FLIGHT // case.block_bytes), n_blocks))
+    n_batch = int(min(max(_MIN_BATCH, 2 * case.depth), max(1, _MAX_IN_FLIGHT // case.block_bytes), n_blocks))
     _drop_cached(path)
     reader = open_reader(path, backend=case.backend, tuning=tuning)
     try:

@@ -32,6 +32,7 @@ from reference_engine.flash_io.request_plan import I64
 
 _TAG_BITS: Final = 32  # a tag is the batch's number and, in these bits, the request's
 _REQUEST_MASK: Final = (1 << _TAG_BITS) - 1
+_WAKE_SHARE: Final = 2  # of what is in flight, this part must have ended before more is pushed
 _MAX_WAIT: Final = 128  # completions that are waited for in one go; new batches are looked for in between
 _TAIL: Final = 16
 _MAX_REFUSALS: Final = 1000
@@ -156,7 +157,8 @@ class _Service:
             self._feed()
             n_in_flight = self._depth - self._n_free
             if n_in_flight:
-                self._collect(n_in_flight if n_in_flight <= _TAIL else min(n_in_flight // 2, _MAX_WAIT))
+                is_tail = n_in_flight <= _TAIL and not any(self._lanes)
+                self._collect(n_in_flight if is_tail else max(1, min(n_in_flight // _WAKE_SHARE, _MAX_WAIT)))
 
     def abandon(self, cause: OSError) -> None:
         """Fail all there is and all that comes, after waiting for completions has itself failed."""

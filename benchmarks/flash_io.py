@@ -1,0 +1,176 @@
+"""Speed of flash reads against fio in the same run: ``python benchmarks/flash_io.py [DIRECTORY] [--json FILE]``.
+
+Random reads of 16 KiB by every backend at several depths, and sequential reads by `CyclicStream` (what exact mode
+uses) and by a `RangeReader`. All cases take turns in every round, because a shared disk changes its speed from one
+second to the next; figures are medians over the rounds, ratios are medians of the ratios within a round. Processor
+seconds count user and system time of the whole process. Without fio, the ratios are left out. The load average is
+reported with the results: other programs slow all of this down, and raise processor time too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reference_engine.flash_io import (
+    BackendName,
+    CyclicStream,
+    DirectFile,
+    IoTuning,
+    StreamRange,
+    aligned_empty,
+    open_reader,
+)
+from reference_engine.flash_io.device_measurement import Case, measure_case, temporary_file
+
+ROW = 16 << 10
+STREAM_BLOCK = 2 << 20
+DEPTHS = (32, 128, 512)
+STREAM_DEPTH = 2
+FIO_ENGINES: dict[BackendName, str] = {"uring": "io_uring", "aio": "libaio", "pread": "io_uring"}
+GIB = 2**30
+
+Figures = tuple[float, float]  # bytes a second, processor seconds per GiB
+
+
+def fio(path: Path, engine: str, seconds: float, **options: Any) -> Figures:
+    """One run of fio with direct reads; `options` are fio's own."""
+    command = ["fio", "--name=read", f"--filename={path}", f"--ioengine={engine}", f"--runtime={seconds}"]
+    command += ["--direct=1", "--readonly", "--time_based", "--output-format=json"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    job = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["jobs"][0]
+    cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["read"]["runtime"] / 1000
+    return float(job["read"]["bw_bytes"]), cpu / (job["read"]["io_bytes"] / GIB)
+
+
+def ranges(path: Path, case: Case, seconds: float) -> Figures:
+    """A `RangeReader`, with two batches under way."""
+    measured = measure_case(path, case, seconds=seconds, rng=np.random.default_rng(time.time_ns()))
+    return measured.bytes_per_second, measured.cpu_seconds_per_gib
+
+
+def batches_of(path: Path, n_rows: int, seconds: float) -> Figures:
+    """One batch of 16 KiB rows after the other, each waited for: what a layer's misses look like."""
+    reader = open_reader(path, tuning=IoTuning(gap_bytes=0))
+    rng = np.random.default_rng(time.time_ns())
+    buffer = aligned_empty(n_rows * ROW)
+    positions = np.arange(n_rows) * ROW
+    n_all = path.stat().st_size // ROW
+    cpu, started, n = time.process_time(), time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        rows = np.sort(rng.choice(n_all, n_rows, replace=False, shuffle=False))
+        reader.submit(rows * ROW, ROW, buffer, positions).wait()
+        n += n_rows * ROW
+    elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu
+    reader.close()
+    return n / elapsed, cpu / (n / GIB)
+
+
+def stream(path: Path, seconds: float) -> Figures:
+    """Exact mode's ring of four buffers, consumed as fast as it fills."""
+    n = 0
+    with DirectFile(path) as file:
+        blocks = [StreamRange(file, i * STREAM_BLOCK, STREAM_BLOCK) for i in range(path.stat().st_size // STREAM_BLOCK)]
+        ring = CyclicStream(blocks, n_slots=4)
+        cpu, started = time.process_time(), time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            n += ring.take()[1].nbytes
+            ring.give_back()
+        elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu
+        ring.close()
+    return n / elapsed, cpu / (n / GIB)
+
+
+def plan_cases(path: Path, seconds: float, *, with_fio: bool) -> list[tuple[str, str | None, Callable[[], Figures]]]:
+    """(name, name of its baseline, call)."""
+    found: list[tuple[str, str | None, Callable[[], Figures]]] = []
+    for depth in DEPTHS:
+        label = f"random 16 KiB, depth {depth}"
+        found += [
+            (f"{label}: fio {engine}", None, partial(fio, path, engine, seconds, rw="randread", bs=ROW, iodepth=depth))
+            for engine in dict.fromkeys(FIO_ENGINES.values())
+            if with_fio
+        ]
+        found += [
+            (
+                f"{label}: {name}",
+                f"{label}: fio {engine}",
+                partial(ranges, path, Case(name, "random", ROW, depth), seconds),
+            )
+            for name, engine in FIO_ENGINES.items()
+        ]
+    found += [
+        (f"random 16 KiB, {n} at a time, waited for: auto", "random 16 KiB, depth 32: fio io_uring",
+         partial(batches_of, path, n, seconds))
+        for n in (64, 256)
+    ]  # fmt: skip
+    label = f"sequential 2 MiB, depth {STREAM_DEPTH}"
+    baseline = f"{label}: fio io_uring"
+    if with_fio:
+        sizes = {"rw": "read", "bs": STREAM_BLOCK, "iodepth": STREAM_DEPTH}
+        found.append((baseline, None, partial(fio, path, "io_uring", seconds, **sizes)))
+    found.append((f"{label}: CyclicStream", baseline, partial(stream, path, seconds)))
+    queues: tuple[BackendName, ...] = ("uring", "aio")
+    found += [
+        (f"{label}: {name}", baseline,
+         partial(ranges, path, Case(name, "sequential", STREAM_BLOCK, STREAM_DEPTH), seconds))
+        for name in queues
+    ]  # fmt: skip
+    return found
+
+
+def main() -> None:
+    """Measure, print a table, and write JSON where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, nargs="?", default=Path())
+    parser.add_argument("--gib", type=float, default=4.0, help="size of the temporary file")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each case in a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with_fio = shutil.which("fio") is not None
+    if not with_fio:
+        sys.stderr.write("fio is not installed: no ratios\n")
+    loads = [os.getloadavg()[0]]
+    with temporary_file(options.directory, int(options.gib * GIB)) as path:
+        found = plan_cases(path, options.seconds, with_fio=with_fio)
+        rounds: dict[str, list[Figures]] = {name: [] for name, _, _ in found}
+        for _ in range(options.rounds):
+            for name, _, call in found:
+                rounds[name].append(call())
+            loads.append(os.getloadavg()[0])
+    results: list[dict[str, Any]] = []
+    for name, baseline, _ in found:
+        speed, cpu = np.median(np.array(rounds[name]), axis=0).tolist()
+        row: dict[str, Any] = {"case": name, "bytes_per_second": speed, "cpu_seconds_per_gib": cpu}
+        if baseline in rounds:
+            ratios = [mine[0] / other[0] for mine, other in zip(rounds[name], rounds[baseline], strict=True)]
+            row |= {"baseline": baseline, "ratio": float(np.median(ratios)), "ratios": ratios}
+        results.append(row)
+    machine = {
+        "cpu": platform.processor() or platform.machine(), "n_cpus": os.cpu_count(), "kernel": platform.release(),
+        "load_average": [min(loads), max(loads)], "rounds": options.rounds, "seconds": options.seconds,
+    }  # fmt: skip
+    print(f"{'case':<58} {'GiB/s':>6} {'CPU-s/GiB':>9} {'x fio':>6}  range of the ratio")
+    for row in results:
+        ratio = f"{row['ratio']:6.2f}  {min(row['ratios']):.2f} to {max(row['ratios']):.2f}" if "ratio" in row else ""
+        print(f"{row['case']:<58} {row['bytes_per_second'] / GIB:6.2f} {row['cpu_seconds_per_gib']:9.3f} {ratio}")
+    print(f"load average {min(loads):.1f} to {max(loads):.1f} on {os.cpu_count()} processors")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
