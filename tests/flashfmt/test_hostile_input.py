@@ -1,7 +1,7 @@
 """Hostile models: thousands of damaged files, and by hand what the fuzzers of tests/fuzz once found."""
 
 import contextlib
-import importlib.util
+import importlib
 import random
 import re
 import struct
@@ -30,12 +30,12 @@ MAX_SECONDS = 2.0
 
 
 def load(name):
-    """A module of tests/fuzz, which are scripts and not on the path."""
-    spec = importlib.util.spec_from_file_location(f"fuzz_{name}", FUZZ / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """A module of tests/fuzz, which import each other by name, as scripts do."""
+    sys.path.insert(0, str(FUZZ))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(FUZZ))
 
 
 @pytest.fixture(scope="module")

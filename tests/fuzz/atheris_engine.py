@@ -16,7 +16,8 @@ with atheris.instrument_imports(include=["flashfmt"]):
     import flashfmt  # noqa: F401
 
 from minimise import minimised
-from mutations import Mutator, damage
+from mutations import Mutator
+from odd_values import damage
 from probe import Probe, Report
 from seeds import load_builder, seeds
 

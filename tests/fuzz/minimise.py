@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mutations import Entry, Mutator, unpack
+from entries import Entry, unpack
+from mutations import Mutator
 from probe import Probe, Report
 
 

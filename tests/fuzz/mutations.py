@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import random
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import google_crc32c
 import numpy as np
+from entries import Entry, dumped, parsed, unpack
 from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
+from odd_values import SNIPPETS, change_tree, damage, integer
+from zip_records import patch_records
 
 MAX_INPUT_BYTES = 1 << 20
-KEY = re.compile(r"[a-z0-9_][a-z0-9_.-]*(/[a-z0-9_][a-z0-9_.-]*)*")
 _CHECKSUM = re.compile(rb'("metadata_crc32c":")[^"]{8}(")')
 _NUMBER = re.compile(rb'(?<=[\[,:])(?<!"zarr_format":)[0-9]{1,18}(?=[\],}])')
 _CODECS = (
@@ -40,67 +40,6 @@ _CODECS = (
 )
 _EMPTY_ZSTD = bytes.fromhex("28b52ffd2000010000")
 _SKIPPABLE = bytes.fromhex("502a4d1804000000") + b"skip"
-
-INTEGERS = [0, 1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 255, 256, 512, 4096, 16384, 32768, 65535, 65536]
-INTEGERS += [(1 << n) + k for n in (20, 24, 28, 30, 31, 32, 33, 40, 48, 53, 62, 63, 64) for k in (-1, 0, 1)]
-VALUES: list[Any] = [
-    None, True, False, -1, -(1 << 63), 0.0, -0.0, 1.0, 0.5, -1.5, 1e308, 5e-324, 1e39, 3.0, "", "0", "1.0", "2.0",
-    "zarr.json", "..", "/", "\x00", "\x1b[2J", "é", "\U0001f600", "x" * 300, [], {}, [[]], [{}], {"": None}, [0] * 9,
-    "f32", "f16", "bf16", "q8", "q4", "u8", "u32", "float32", "uint8", "bytes", "zstd", "blosc", "sharding_indexed",
-    "crc32c", "start", "end", "big", "little", "tensor", "file", "bundles", "group", "array", "00000000", "f" * 64,
-    "low_rank", "low_bit_gate", "gated", "plain", "parallel", "layer_norm", "moe", ["gate", "up", "down"], ["moe"],
-]  # fmt: skip
-PLAUSIBLE: dict[str, list[Any]] = {
-    "version": ["1.1", "1.9999", "2.0", "0.9", "01.0"],
-    "required_features": [[], ["moe"], [None]],
-    "kind": ["plain", "gated", "relu", "layer_norm", "rms_norm", "low_rank", "low_bit_gate", "tensor", "file"],
-    "activation": [{"kind": "fatrelu", "threshold": 0.1}, {"kind": "relu"}],
-    "layers": [[{}], [{}] * 3, [{}] * 10_000, [{"rotary": "main", "attention_window_tokens": 1}]],
-    "layer": [0, 1, 2],
-    "rank": [None, 1, 4, 8],
-    "threshold": [0, 1, -1, 2],
-    "bias": [True, False],
-    "up_bias": [True, False],
-    "tied": [True, False],
-    "embedding": [{"d_embed": 32, "projection": True}, {"d_embed": 32}, {"d_embed": 64, "projection": True}],
-    "norm": [{"kind": "layer_norm", "eps": 1e-5, "bias": True}, {"kind": "rms_norm", "eps": 1, "weight": False}],
-    "ffn": [{"kind": "plain", "d_ff": 6, "activation": {"kind": "relu"}, "gate_bias": True}],
-    "logits": [{"tied": True, "bias": True}, {"tied": False}],
-    "context_tokens": [1, 1 << 31],
-    "provenance": [{"writer": "", "source": "", "source_format": "gguf"}],
-    "encoding": ["f32", "f16", "bf16", "q8", "q4", "u8", "u32"],
-    "alignment": [64, 128, 512, 4096, 32768, 96],
-    "stride": [384, 512, 1024, 448, 1 << 25],
-    "filename": ["..", "a/b", "a\\b", "x.json", "\x7f"],
-    "data_type": ["uint8", "uint16", "uint32", "float16", "float32", "float64", "r8"],
-    "codecs": [[{"name": "bytes"}], [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd"}]],
-    "dimension_names": [["a"], [None, None], None],
-    "fill_value": [0.0, -0.0, 1, "NaN"],
-    "optional_features": [["a"] * 64],
-    "positions": [{"n_rows": 4}],
-    "statistics": [None, {"n_tokens": 1, "text": "", "window_tokens": 5}],
-    "predictors": [[], [{"layer": 0, "kind": "low_bit_gate", "tap": {"layer": 0}, "threshold": 0.5}]],
-    "block": [{"order": "parallel", "shared_norm": True}, {"shared_norm": True}],
-}
-SNIPPETS = [
-    "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 400, "1" * 21, "18446744073709551616", "1.0", "1e0", "-0",
-    "0x10", "01", "+1", ".5", "1.", "null", "true", "[]", "{}", '"\\ud800"', '"\\udc00\\ud800"', '"\\u0000"', '"\n"',
-    '"', "\\", "[" * 40 + "]" * 40, '{"a":' * 40 + "1" + "}" * 40, "/**/", ",", ":", "\ufeff", "\x00", "'a'", "\u2028",
-    '{"a":1,"a":2}', '{"a":1,"\\u0061":2}', '"metadata_crc32c":"00000000"',
-]  # fmt: skip
-
-
-@dataclass
-class Entry:
-    """One key of the file being changed."""
-
-    key: str
-    payload: bytes
-    alignment: int
-
-    @property
-    def is_document(self) -> bool:
-        return self.key == "zarr.json" or self.key.endswith("/zarr.json")
 
 
 class Mutator:
@@ -170,6 +109,9 @@ class Mutator:
         if entry is None:
             return
         text = entry.payload
+        if rng.random() < 0.05:
+            entry.payload = rng.choice(SNIPPETS).encode()
+            return
         tokens = list(re.finditer(rb'"[^"]*"|[-0-9.e+]+|[\[\]{},:]|[a-z]+', text))
         if tokens and rng.random() < 0.8:
             token = rng.choice(tokens)
@@ -185,7 +127,7 @@ class Mutator:
         found = sorted({int(n) for n in _NUMBER.findall(entry.payload)}) if entry else []
         if found:
             old = rng.choice(found)
-            new = _integer(rng, old)
+            new = integer(rng, old)
             for other in entries if rng.random() < 0.3 else [entry]:
                 if other.is_document:
                     other.payload = _NUMBER.sub(lambda m: b"%d" % new if int(m[0]) == old else m[0], other.payload)
@@ -215,7 +157,7 @@ class Mutator:
         n = 6
         at = len(raw) - 4 - 16 * n + 8 * rng.randrange(2 * n)
         (old,) = struct.unpack_from("<Q", raw, at)
-        struct.pack_into("<Q", raw, at, _integer(rng, old) % (1 << 64))
+        struct.pack_into("<Q", raw, at, integer(rng, old) % (1 << 64))
         if rng.random() < 0.8:
             raw[-4:] = struct.pack("<I", google_crc32c.value(bytes(raw[-4 - 16 * n : -4])))
         entry.payload = bytes(raw)
@@ -340,6 +282,33 @@ class Mutator:
         else:
             entries.append(Entry(rng.choice(("x", "extensions/x/c/0", "files/a/c/0", "zarr")), entry.payload, 64))
 
+    def move(self, rng: random.Random, entries: list[Entry]) -> None:
+        """Give a node another name, with all that is below it: only the name is wrong."""
+        entry = _document(rng, entries, 0)
+        if entry is not None:
+            old = entry.key.removesuffix("/zarr.json")
+            new = rng.choice(
+                (old + "x", "files/9x", "files/" + "a" * 65, "files/a/b", "extensions/x", "layers/01/x", "x")
+            )
+            for other in entries:
+                if other.key.startswith(old + "/"):
+                    other.key = new + other.key[len(old) :]
+
+    def retype(self, rng: random.Random, entries: list[Entry]) -> None:
+        """Store a tensor in another encoding, right in itself."""
+        entry = _some(rng, entries, lambda e: e.is_document and b'"kind":"tensor"' in e.payload)
+        document = parsed(entry) if entry else None
+        payload = self._chunk(entries, entry.key, document) if entry else None
+        try:
+            shape = document["attributes"]["flashfmt"]["shape"]
+            encoding = rng.choice(("f32", "f16", "bf16", "u8", "u32"))
+            ours = {"kind": "tensor", "encoding": encoding, "shape": shape, "crc32c": "00000000"}
+            nbytes = int(np.prod(shape)) * np.dtype(self.dtypes[encoding]).itemsize
+            payload.payload = payload.payload[:nbytes].ljust(min(nbytes, 1 << 17), b"\0")
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return
+        entry.payload = dumped(self.array_document(shape, self.dtypes[encoding], ours))
+
     def _extension(
         self,
         entries: list[Entry],
@@ -376,107 +345,10 @@ _MUTATIONS = (
     [
         Mutator.change_document, Mutator.change_text, Mutator.change_number, Mutator.change_payload,
         Mutator.change_index, Mutator.change_bundle, Mutator.compress, Mutator.state_size, Mutator.extend,
-        Mutator.rearrange,
+        Mutator.rearrange, Mutator.move, Mutator.retype,
     ],
-    [6, 3, 3, 4, 2, 2, 4, 1, 2, 2],
+    [6, 3, 3, 4, 2, 2, 4, 1, 2, 2, 1, 1],
 )  # fmt: skip
-
-
-def unpack(raw: bytes) -> list[Entry]:
-    """Entries of a file by its central directory, forgiving; empty where that cannot be followed."""
-    entries: list[Entry] = []
-    try:
-        n, _, at = struct.unpack_from("<QQQ", raw, len(raw) - 98 + 32)
-        for _ in range(min(n, 4096)):
-            n_name, n_extra = struct.unpack_from("<HH", raw, at + 28)
-            key = raw[at + 46 : at + 46 + n_name].decode("ascii")
-            nbytes, _, local = struct.unpack_from("<QQQ", raw, at + 46 + n_name + 4)
-            n_local_name, n_local_extra = struct.unpack_from("<HH", raw, local + 26)
-            start = local + 30 + n_local_name + n_local_extra
-            alignment = 16384 if key.endswith("bundles/c/0/0/0") else 64
-            entries.append(Entry(key, raw[start : start + min(nbytes, len(raw))], alignment))
-            at += 46 + n_name + n_extra
-    except (struct.error, UnicodeDecodeError, OverflowError):
-        return []
-    return entries
-
-
-def parsed(entry: Entry) -> Any:
-    """The JSON of a document, or None."""
-    try:
-        document = json.loads(entry.payload)
-    except (ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None
-
-
-def dumped(document: Any) -> bytes:
-    """Compact JSON."""
-    return json.dumps(document, separators=(",", ":")).encode()
-
-
-def damage(rng: random.Random, raw: bytes) -> bytes:
-    """A copy with bytes changed, cut, repeated or inserted."""
-    out = bytearray(raw)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        at = rng.randrange(len(out) + 1)
-        change = rng.randrange(7)
-        if change == 0:
-            del out[at : at + rng.choice((1, 2, 16, 1 << 20))]
-        elif change == 1:
-            out[at:at] = rng.randbytes(rng.choice((1, 2, 16)))
-        elif change == 2:
-            out[at:at] = out[at : at + rng.choice((1, 16, 64))]
-        elif at < len(out):
-            out[at] = rng.choice((out[at] ^ 1 << rng.randrange(8), 0, 255, rng.randrange(256)))
-    return bytes(out)
-
-
-def change_tree(rng: random.Random, document: dict[str, Any]) -> None:
-    """Change one place of parsed JSON."""
-    places = [(holder, key) for holder in _containers(document) for key in _keys(holder)]
-    if not places:
-        return
-    holder, key = rng.choice(places)
-    old = holder[key]
-    change = rng.randrange(10)
-    if rng.random() < 0.1 and isinstance(holder, dict):
-        absent = rng.choice(sorted(PLAUSIBLE))
-        holder[absent] = rng.choice(PLAUSIBLE[absent])
-    elif key in PLAUSIBLE and rng.random() < 0.4:
-        holder[key] = rng.choice(PLAUSIBLE[key])
-    elif change <= 2 and isinstance(old, int | float):
-        holder[key] = _integer(rng, int(old))
-    elif change <= 4:
-        holder[key] = copy.deepcopy(rng.choice(VALUES))
-    elif change == 5:
-        other, other_key = rng.choice(places)
-        holder[key] = copy.deepcopy(other[other_key])
-    elif change == 6:
-        del holder[key]
-    elif change == 7 and isinstance(holder, list):
-        holder[key:key] = [copy.deepcopy(old)] * rng.choice((1, 2, 9, 100))
-    elif change == 8 and isinstance(holder, dict):
-        holder[rng.choice(("", "x", "flashfmt", "shape", "é", str(key) + "_"))] = copy.deepcopy(old)
-    else:
-        holder[key] = rng.choice(INTEGERS)
-
-
-def _containers(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [value, *(c for member in value.values() for c in _containers(member))]
-    if isinstance(value, list):
-        return [value, *(c for member in value for c in _containers(member))]
-    return []
-
-
-def _keys(holder: Any) -> list[Any]:
-    return list(holder) if isinstance(holder, dict) else list(range(len(holder)))
-
-
-def _integer(rng: random.Random, old: int) -> int:
-    near = (old - 1, old + 1, 2 * old, old // 2, old + 64, -old, old ^ (1 << rng.randrange(63)))
-    return rng.choice(near) if rng.random() < 0.5 else rng.choice(INTEGERS)
 
 
 def _document(rng: random.Random, entries: list[Entry], root_share: float) -> Any:
@@ -488,57 +360,3 @@ def _document(rng: random.Random, entries: list[Entry], root_share: float) -> An
 def _some(rng: random.Random, entries: list[Entry], wanted: Callable[[Entry], bool]) -> Any:
     found = [entry for entry in entries if wanted(entry)]
     return rng.choice(found) if found else None
-
-
-def patch_records(rng: random.Random, z: Any) -> None:
-    """Change a field of a ZIP record, sometimes in both places that state it."""
-    fields = [(z.end64, form) for form in _END_FIELDS]
-    key = rng.choice(list(z.central))
-    if rng.random() < 0.4:
-        at, (offset, form) = rng.choice(fields)
-        _patch(rng, z, at + offset, form)
-        return
-    n_name = len(key.encode())
-    central, local = z.central[key], z.local[key]
-    if rng.random() < 0.3:
-        value = rng.choice((*INTEGERS, (1 << 63) + local, (1 << 64) - 64)) % (1 << 64)
-        for at in rng.choice(((50,), (50, 58), (66,), (50, 58, 66))):
-            z.patch(central + n_name + at, "Q", value)
-        if rng.random() < 0.7:
-            z.patch(local + n_name + 34, "Q", value)
-            z.patch(local + n_name + 42, "Q", value)
-        return
-    records = [
-        (central, _CENTRAL_FIELDS),
-        (central + n_name, _CENTRAL_EXTRA),
-        (local, _LOCAL_FIELDS),
-        (local + n_name, _LOCAL_EXTRA),
-    ]
-    base, choices = rng.choice(records)
-    offset, form = rng.choice(choices)
-    _patch(rng, z, base + offset, form)
-
-
-def _patch(rng: random.Random, z: Any, at: int, form: str) -> None:
-    (old,) = struct.unpack_from("<" + form, z.data, at)
-    z.patch(at, form, _integer(rng, old) % (1 << 8 * struct.calcsize(form)))
-
-
-_END_FIELDS = [
-    (0, "I"), (4, "Q"), (12, "H"), (14, "H"), (16, "I"), (20, "I"), (24, "Q"), (32, "Q"), (40, "Q"), (48, "Q"),
-    (56, "I"), (60, "I"), (64, "Q"), (72, "I"), (76, "I"), (80, "H"), (82, "H"), (84, "H"), (86, "H"), (88, "I"),
-    (92, "I"), (96, "H"),
-]  # fmt: skip
-_CENTRAL_FIELDS = [(0, "I"), *((at, "H") for at in range(4, 16, 2)), (16, "I"), (20, "I"), (24, "I")]
-_CENTRAL_FIELDS += [(28, "H"), (30, "H"), (32, "H"), (34, "H"), (36, "H"), (38, "I"), (42, "I")]
-_CENTRAL_EXTRA = [(46, "H"), (48, "H"), (50, "Q"), (58, "Q"), (66, "Q")]
-_LOCAL_FIELDS = [
-    (0, "I"),
-    *((at, "H") for at in range(4, 14, 2)),
-    (14, "I"),
-    (18, "I"),
-    (22, "I"),
-    (26, "H"),
-    (28, "H"),
-]
-_LOCAL_EXTRA = [(30, "H"), (32, "H"), (34, "Q"), (42, "Q"), (50, "H"), (52, "H"), (54, "H")]

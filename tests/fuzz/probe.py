@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from mutations import KEY, unpack
+from entries import KEY, unpack
 from oracle import Finding, examine
 
 MAX_CPU_SECONDS = 2.0
