@@ -59,6 +59,10 @@ class ValueSample:
         values = Cut(value, 0.0, magnitude=True).values(*self._values(layer), self._activation)
         return Cut(value, float(np.quantile(values, 1 - share)), magnitude=True)
 
+    def nonzero_share(self, layer: int) -> float:
+        """Share of a layer's values h that are not zero."""
+        return float(np.count_nonzero(self._values(layer)[1]) / len(self._values(layer)[1]))
+
     def tested_cut(self, layer: int, share: float) -> Cut:
         """Cut of the activation's argument, of its value or of its size: whichever keeps more of the sum of h²."""
         tested, h = self._values(layer)

@@ -8,7 +8,8 @@ values, and several points at once:
 ``threshold:40%``     cut the activated gate so that about 40 % of the neurons of each layer remain
 ``oracle:40%``        the same by the exact product that the down projection is multiplied with: the best cut by size
 ``lowbit:q4:40%``     the same by a low-bit copy of the gate
-``threshold``         and ``lowbit:q4`` where the activation has no zeros: a few shares
+``threshold``         a few shares, of the neurons that are not zero where the activation gives zeros
+``lowbit:q4``         where the activation gives no zeros: a few shares
 ``file:sweep``        low-rank predictors with other thresholds, from cautious to bold
 ``dense``             every neuron
 ``exact``             every neuron, in the engine's exact mode
@@ -85,7 +86,7 @@ def operating_points(model: ObservedModel, name: str, sample: Sample) -> list[Op
         return _sweep(model)
     natural = natural_cut(model.model.decoder.ffn.activation)
     if name == "threshold" or (name in ("lowbit:q4", "lowbit:q8") and natural is None):
-        return [_by_share(model, name, share, sample()) for share in SHARES]
+        return [_by_share(model, name, share, sample(), of_nonzero=natural is not None) for share in SHARES]
     return [_as_run(model, name, parse_selector(name))]
 
 
@@ -115,13 +116,16 @@ def _active(model: ObservedModel, choice: SelectorChoice, layer: int) -> Cut:
     return NONZERO
 
 
-def _by_share(model: ObservedModel, name: str, share: float, sample: ValueSample) -> OperatingPoint:
+def _by_share(
+    model: ObservedModel, name: str, share: float, sample: ValueSample, *, of_nonzero: bool = False
+) -> OperatingPoint:
     selector, _, encoding = name.partition(":")
-    setting = f"{encoding} {share:.0%}".strip()
+    setting = f"{encoding} {share:.0%}{' of nonzero' if of_nonzero else ''}".strip()
     rules = []
     for layer in range(model.model.decoder.n_layers):
         if selector != "lowbit":
-            cut = sample.cut(layer, "h" if selector == "oracle" else "activated", share)
+            kept = share * sample.nonzero_share(layer) if of_nonzero else share
+            cut = sample.cut(layer, "h" if selector == "oracle" else "activated", kept)
             rules.append(LayerRule(keep=cut))
             continue
         cut = sample.tested_cut(layer, share)

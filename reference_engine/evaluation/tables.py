@@ -35,7 +35,7 @@ def _points(evaluation: Evaluation) -> Table:
         table.add_row(
             point.label,
             f"{point.perplexity:.4g}",
-            f"{100 * point.cost:+.2f} %",
+            f"{round(100 * point.cost, 2) + 0.0:+.2f} %",  # adding zero leaves no negative one
             _percent(point.computed_share),
             _percent(point.active_share),
             _percent(point.recall),
@@ -66,7 +66,7 @@ def _windows(evaluation: Evaluation) -> Table:
 
 
 def _table(first: str, title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(first, no_wrap=True)
     return table
 
