@@ -207,7 +207,8 @@ class Fetch:
         waiting, self._n_ended = self._groups[self._n_ended :], len(self._groups)
         if cancel:
             for group in waiting:
-                group.pending.is_cancelled = not group.pending.is_done
+                if not group.pending.is_done:
+                    group.pending.is_cancelled = True
         absent = [self._receive(group)[1] for group in waiting]
         if lost is not None:
             absent.append(lost)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 import flashfmt
 from flashfmt.errors import ChecksumError, FlashReadError
 from reference_engine import layer_bundles
-from reference_engine.flash_io import IO_ALIGNMENT, aligned_empty, open_reader
+from reference_engine.flash_io import IO_ALIGNMENT, Pending, aligned_empty, open_reader
 from reference_engine.layer_bundles import LayerBundles
 from reference_engine.neuron_window import DecayedFrequency, LeastRecent, RecentTokens
 
@@ -176,4 +176,25 @@ def test_a_closed_reader_leaves_the_layer_as_it_was(model):
 def test_rows_are_where_direct_reads_can_land(model):
     layer, reader = make(model, LeastRecent(N, CAPACITY))
     assert layer.cache.rows.ctypes.data % IO_ALIGNMENT == 0
+    reader.close()
+
+
+def test_an_interrupted_wait_leaves_nothing_half_read(model, monkeypatch):
+    layer, reader = make(model, LeastRecent(N, CAPACITY))
+    fetch = layer.fetch(ids(range(20)))
+    real = Pending.wait
+
+    def interrupted(pending):
+        pending.is_cancelled = True
+        real(pending)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pending, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(fetch.arrivals())
+    fetch.finish(cancel=True)
+    held = set(layer.cache.held().tolist())
+    assert held <= set(range(16, 20))
+    check(layer, model, held)
     reader.close()
