@@ -12,10 +12,10 @@ import flashfmt
 from flashfmt.errors import PromptError
 from reference_engine.engine import EngineOptions
 from reference_engine.evaluation.points import check_names, default_selectors, operating_points
-from reference_engine.evaluation.results import Evaluation, LayerResult, PointResult
+from reference_engine.evaluation.results import Evaluation, LayerResult, PointResult, WindowResult
 from reference_engine.evaluation.window_simulation import simulate_windows
 from reference_engine.observation import ObservedModel
-from reference_engine.operating_points import ActiveSets, Masking, OperatingPoint, total
+from reference_engine.operating_points import ActiveSets, Mask, Masking, OperatingPoint, total
 from reference_engine.perplexity import Score, TextWindow, score_text, text_windows
 from reference_engine.token_text import TokenText, read_texts
 from reference_engine.tokenizer import Tokenizer, load_tokenizer
@@ -39,7 +39,7 @@ class EvaluationOptions:
     n_tokens : most tokens of text to run.
     last_share : run only the last part of the text, such as the one that a calibration held out.
     simulated_tokens : tokens whose sets are fed to simulated neuron windows, at most one window; 0 for none.
-    k_tokens, capacities : sizes of the simulated windows: tokens, shares of a layer.
+    k_tokens, capacities : sizes of the simulated windows: tokens, shares of all neurons.
     """
 
     selectors: tuple[str, ...] = ()
@@ -143,9 +143,18 @@ class _Run:
             points=tuple(points),
             simulated=None if self._simulated is None else self._simulated.label,
             n_simulated_tokens=len(layers[0]) if layers else 0,
-            windows=simulate_windows(layers, k_tokens=self._options.k_tokens, capacities=self._options.capacities)
-            if layers
-            else (),
+            windows=self._simulate(layers),
+        )
+
+    def _simulate(self, layers: Sequence[Mask]) -> tuple[WindowResult, ...]:
+        if not layers:
+            return ()
+        stored = [self._model.model.statistics(layer) for layer in range(len(layers))]
+        return simulate_windows(
+            layers,
+            k_tokens=self._options.k_tokens,
+            capacities=self._options.capacities,
+            aggregated_windows=[s["aggregated_window"] for s in stored if s is not None] or None,
         )
 
     def _run(self, point: OperatingPoint, dense: Score) -> PointResult:

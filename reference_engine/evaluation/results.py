@@ -53,7 +53,7 @@ class WindowResult:
     """A simulated neuron window, all layers together.
 
     `rule` is ``paper`` (the last k tokens; `size` is k), ``lru`` or ``frequency`` (`size` is the capacity as a share of
-    a layer). `held_share` is what it holds on average, `missing_share` what a token loads: shares of all neurons.
+    all neurons). `held_share` is what it holds on average, `missing_share` what a token loads: shares, too.
     """
 
     rule: str

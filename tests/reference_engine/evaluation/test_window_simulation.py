@@ -42,3 +42,12 @@ def test_more_room_never_hits_less():
         rates = [result.hit_rate for result in results if result.rule == rule]
         assert rates == sorted(rates)
     assert results[0].held_share <= 0.05
+
+
+def test_slots_go_where_the_stored_curves_say():
+    rng = np.random.default_rng(2)
+    busy, idle = rng.random((60, 40)) < 0.4, rng.random((60, 40)) < 0.02
+    curves = [np.array([0.4, 0.64, 0.8, 1.0], np.float32), np.array([0.02, 0.04, 0.06, 0.08], np.float32)]
+    (even, _) = simulate_windows([busy, idle], k_tokens=[], capacities=[0.5])
+    (shared, _) = simulate_windows([busy, idle], k_tokens=[], capacities=[0.5], aggregated_windows=curves)
+    assert shared.hit_rate > even.hit_rate
