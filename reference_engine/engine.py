@@ -161,6 +161,7 @@ class Engine:
         self.model = flashfmt.open(path)
         self._bundles: ExactBundles | SparseBundles | None = None
         self._stack: DecoderStack | None = None
+        self._kv_cache: KvCache | None = None
         self._session: Session | None = None
         try:
             self.context_tokens = self._choose_context()
@@ -223,7 +224,7 @@ class Engine:
             load_residents(self.model, verify=self.options.verify != "never", progress=progress),
         )
         self._bundles = self._load_bundles(progress)
-        self._tokens = (
+        tokens = (
             FlashTable(self.model.tensors[EMBEDDING], self._backend)
             if stays_on_flash(self.model)
             else ResidentTable(residents.matrix(EMBEDDING), self._backend)
@@ -233,14 +234,14 @@ class Engine:
             decoder=self.model.decoder,
             residents=residents,
             layers=self.model.layers,
-            tokens=self._tokens,
+            tokens=tokens,
             bundles=self._bundles,
             backend=self._backend,
         )
 
     def start(self) -> Session:
         """Begin a new sequence; the one before it can no longer be fed."""
-        if self._stack is None:
+        if self._stack is None or self._kv_cache is None:
             raise RuntimeError("the engine is not loaded")
         self._kv_cache.truncate(0)
         self._session = Session(self, self._kv_cache)
@@ -259,7 +260,7 @@ class Engine:
         """Stop reading, release memory and files."""
         if self._bundles is not None:
             self._bundles.close()
-        self._bundles = self._stack = self._session = None
+        self._bundles = self._stack = self._kv_cache = self._session = None
         self.model.close()
 
     def __enter__(self) -> Self:
