@@ -174,15 +174,12 @@ def test_a_killed_calibration_goes_on_where_it_was(tiny_flash, text, tmp_path, u
     assert not list(tmp_path.glob("*.calibration"))
 
 
-def test_a_perplexity_target_leaves_out_as_much_as_it_may(tiny_flash, text, tmp_path):
-    shares = []
-    for allowed in (0.3, 0.0001):
-        options = CalibrationOptions(n_tokens=1280, rank=8, epochs=1, target=Target("perplexity", allowed))
-        report = calibrate(tiny_flash("opt"), [text], tmp_path / f"{allowed}.flash", options=options, engine=ENGINE)
-        shares.append(np.mean([p.measured.predicted_fraction for p in report.predictors]))
-        if report.target_met:
-            assert report.perplexity_cost <= allowed + 0.05
-    assert shares[0] < shares[1]
+def test_a_perplexity_target_is_met_on_the_whole_model(tiny_flash, text, tmp_path):
+    options = CalibrationOptions(n_tokens=1280, rank=8, epochs=1, target=Target("perplexity", 0.5))
+    report = calibrate(tiny_flash("opt"), [text], tmp_path / "m.flash", options=options, engine=ENGINE)
+    assert report.target_met
+    assert report.perplexity_cost < 0.5
+    assert max(p.measured.recall for p in report.predictors) < 0.8  # so much loss allows to leave out a lot
 
 
 def test_look_ahead_predictors_read_an_earlier_activation(tiny_flash, text, tmp_path):
