@@ -154,6 +154,8 @@ def calibrate(model: Path, texts: tuple[Path, ...], output: Path | None, as_json
         )
     if not report.target_met:
         click.echo(f"warning: {target} is not reached on validation text; this is the closest", err=True)
+    elif target.metric == "perplexity" and report.perplexity_cost > target.value:
+        click.echo(f"warning: {target} is kept on validation text, but not on the held-out one; ask for less", err=True)
     if as_json:
         click.echo(json.dumps(report.as_dict()))
         return
