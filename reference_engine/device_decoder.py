@@ -1,0 +1,85 @@
+"""A decoder whose weights, activations and KV cache lie on a device; token ids go in, logits come out on the host.
+
+Knows: where things lie. Does not know: the order of the arithmetic (`models`), how bundles get there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from flashfmt import FlashModel
+from flashfmt.manifest import Decoder
+from reference_engine.backends import Matrix
+from reference_engine.backends.cupy_backend import CupyBackend
+from reference_engine.backends.cupy_protocol import DeviceArray
+from reference_engine.kv_cache import KvCache, KvType
+from reference_engine.models.decoder_stack import DecoderStack, Rotation
+from reference_engine.residents import load_tensors, resident_tensors
+
+F32 = npt.NDArray[np.float32]
+
+
+class DeviceResidents:
+    """`TensorSource` of the resident tensors on the device."""
+
+    def __init__(
+        self,
+        model: FlashModel,
+        backend: CupyBackend,
+        *,
+        verify: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._model = model
+        self._loaded: dict[str, DeviceArray] = {}
+        for info in resident_tensors(model):
+            host = load_tensors(model, [info.name], verify=verify, progress=progress)[info.name]
+            is_angle = info.name.startswith("rotary/")  # the host computes sines and cosines
+            self._loaded[info.name] = host.copy() if is_angle else backend.device.upload(host)
+
+    def matrix(self, name: str) -> Matrix:
+        """A weight matrix in storage form, on the device."""
+        info = self._model.tensors[name]
+        data = self._loaded[name].view(info.encoding.storage_dtype).reshape(info.storage_shape)
+        return Matrix(info.encoding, info.shape[0], info.shape[1], data)
+
+    def vector(self, name: str) -> F32 | None:
+        """A float32 vector, or None where the model has none of that name; rotary frequencies lie on the host."""
+        raw = self._loaded.get(name)
+        return None if raw is None else raw.view(np.float32)
+
+
+class DeviceKvCache(KvCache):
+    """`KvCache` on the device."""
+
+    def __init__(self, decoder: Decoder, context_tokens: int, kv_type: KvType, backend: CupyBackend) -> None:
+        super().__init__(decoder, context_tokens, kv_type, zeros=backend.device.zeros)
+        self._backend = backend
+
+    def append(self, layer: int, keys: F32, values: F32) -> None:
+        """See `KvCache.append`; one launch."""
+        self._backend.append_kv(keys, values, *self.layer(layer), self.n_tokens)
+
+
+class DeviceStack(DecoderStack):
+    """`DecoderStack` over device arrays."""
+
+    def logits(self, hidden: F32) -> F32:
+        """float32 [n_tokens, vocab_size] on the host."""
+        return self._device_backend.device.download(super().logits(hidden)).astype(np.float32, copy=False)
+
+    @property
+    def _device_backend(self) -> CupyBackend:
+        if not isinstance(self._backend, CupyBackend):
+            raise TypeError(f"a device's decoder needs a device's backend, not {self._backend.name}")
+        return self._backend
+
+    def _rotations(self, positions: npt.NDArray[np.int64]) -> dict[str, Rotation]:
+        upload = self._device_backend.device.upload
+        return {
+            name: Rotation(upload(rotation.cos), upload(rotation.sin), rotation.pairing)
+            for name, rotation in super()._rotations(positions).items()
+        }

@@ -1,0 +1,250 @@
+"""Where a model lies when a device runs it: the plan for a ceiling on device memory, and loading by that plan.
+
+The ceiling on device memory (`--vram`) means the same as that on DRAM: everything that the process holds there. It is
+split by the same planners, refused below the floor, and nothing is allocated beyond it.
+
+Knows: how the parts of a device's engine fit together. Does not know: their insides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from flashfmt import FlashModel
+from flashfmt.errors import BudgetError, PromptError
+from flashfmt.manifest import Decoder
+from reference_engine.backends.cupy_backend import CupyBackend, attention_stretches
+from reference_engine.backends.cupy_protocol import Device
+from reference_engine.backends.numpy_backend import NumpyBackend
+from reference_engine.bundle_checksums import Verify
+from reference_engine.device_bundles import BLOCK_NEURONS, DeviceBundles, landing_nbytes
+from reference_engine.device_decoder import DeviceKvCache, DeviceResidents, DeviceStack
+from reference_engine.device_exact import DeviceExactBundles
+from reference_engine.device_selectors import load_device_selectors
+from reference_engine.exact_bundles import model_blocks
+from reference_engine.flash_io import IO_ALIGNMENT, RangeReader, open_reader
+from reference_engine.kv_cache import KvType, kv_cache_nbytes
+from reference_engine.plan import RING_SLOTS, FixedParts, MemoryPlan, plan_memory
+from reference_engine.residents import (
+    EMBEDDING,
+    FlashTable,
+    ResidentTable,
+    resident_tensors,
+    residents_nbytes,
+    stays_on_flash,
+    tensors_nbytes,
+)
+from reference_engine.sizes import format_size
+from reference_engine.sparse_mode import SparseOptions, plan_sparse_mode, sparse_selectors_nbytes
+from reference_engine.sparse_plan import SparsePlan
+
+F32 = npt.NDArray[np.float32]
+Progress = Callable[[int], None]
+
+CONTEXT_NBYTES: Final = 512 << 20  # what the driver takes for a process with these kernels loaded
+_FREE_SHARE: Final = 0.9  # of the device's free memory, where no ceiling is given
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceOptions:
+    """How a device runs a model: `EngineOptions`, as far as they concern it.
+
+    Parameters
+    ----------
+    vram : ceiling in bytes on everything the process holds on the device; None takes most of what is free.
+    host_memory : page-locked bytes for bundles that left the device; sparse mode only.
+    memory : ceiling on what the process holds in DRAM; None for none.
+    """
+
+    vram: int | None
+    host_memory: int
+    memory: int | None
+    context_tokens: int
+    prefill_tokens: int
+    kv_type: KvType
+    verify: Verify
+    sparse: SparseOptions | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What an engine feeds tokens through."""
+
+    stack: DeviceStack
+    kv_cache: DeviceKvCache
+    bundles: DeviceExactBundles | DeviceBundles
+
+
+class DevicePlacement:
+    """Plans and loads a model on one device.
+
+    Raises
+    ------
+    PromptError
+        If the options do not go together on a device.
+    """
+
+    def __init__(self, model: FlashModel, device: Device, options: DeviceOptions) -> None:
+        if options.host_memory and options.sparse is None:
+            raise PromptError("a second tier in host memory is for a selector's bundles: exact mode keeps none")
+        if options.sparse is not None and options.sparse.prefetch is not None:
+            raise PromptError("a device reads nothing ahead: --prefetch is for the CPU")
+        self._model = model
+        self._device = device
+        self._options = options
+        self.backend = CupyBackend(device)
+
+    def plan(self, process_nbytes: int) -> MemoryPlan | SparsePlan:
+        """Split the ceiling on device memory.
+
+        Parameters
+        ----------
+        process_nbytes : what the process holds in DRAM already.
+
+        Raises
+        ------
+        BudgetError
+            If a ceiling, or the device's free memory, is below what is needed; names the smallest that works.
+        """
+        model, options = self._model, self._options
+        free, _ = self._device.memory()
+        available = free + CONTEXT_NBYTES  # the context is there already
+        ceiling = CONTEXT_NBYTES + int(free * _FREE_SHARE) if options.vram is None else options.vram
+        if ceiling > available:
+            raise BudgetError(
+                f"{format_size(ceiling)} of device memory are asked for, but {format_size(free)} are free",
+                expected=f"at most {available} bytes",
+                actual=ceiling,
+            )
+        self._require_dram(process_nbytes)
+        kv_cache = kv_cache_nbytes(model.decoder, options.context_tokens, options.kv_type)
+        residents = residents_nbytes(model)
+        n_tokens = min(options.prefill_tokens, options.context_tokens)
+        if options.sparse is not None:
+            scratch = _scratch_nbytes(model.decoder, n_tokens, options.context_tokens, BLOCK_NEURONS)
+            scratch += self._landing_nbytes() + 8 * n_tokens * model.decoder.ffn.d_ff
+            selectors = sparse_selectors_nbytes(model, options.sparse)
+            fixed = FixedParts(CONTEXT_NBYTES, residents, kv_cache, scratch, selectors)
+            return plan_sparse_mode(model, fixed, ceiling, options.context_tokens)
+        blocks = model_blocks(model)
+        block_neurons = max(block.n_neurons for block in blocks)
+        scratch = _scratch_nbytes(model.decoder, n_tokens, options.context_tokens, block_neurons)
+        fixed = FixedParts(CONTEXT_NBYTES, residents, kv_cache, scratch + self._landing_nbytes())
+        return plan_memory(fixed, blocks, ceiling, options.context_tokens)
+
+    def load(self, plan: MemoryPlan | SparsePlan, progress: Progress | None = None) -> LoadedModel:
+        """Copy to the device what the plan keeps there.
+
+        Raises
+        ------
+        FlashReadError, ChecksumError
+        """
+        model, options, backend = self._model, self._options, self.backend
+        self._device.limit(plan.ceiling - CONTEXT_NBYTES)
+        residents = DeviceResidents(model, backend, verify=options.verify != "never", progress=progress)
+        tokens = (
+            _UploadedTable(FlashTable(model.tensors[EMBEDDING], NumpyBackend()), self._device)
+            if stays_on_flash(model)
+            else ResidentTable(residents.matrix(EMBEDDING), backend)
+        )
+        kv_cache = DeviceKvCache(model.decoder, options.context_tokens, options.kv_type, backend)
+        bundles = self._load_bundles(plan, progress)
+        stack = DeviceStack(
+            decoder=model.decoder,
+            residents=residents,
+            layers=model.layers,
+            tokens=tokens,
+            bundles=bundles,
+            backend=backend,
+        )
+        return LoadedModel(stack, kv_cache, bundles)
+
+    def _load_bundles(
+        self, plan: MemoryPlan | SparsePlan, progress: Progress | None
+    ) -> DeviceExactBundles | DeviceBundles:
+        model, options, sparse = self._model, self._options, self._options.sparse
+        if isinstance(plan, SparsePlan) and sparse is not None:
+            n_neurons = model.decoder.ffn.d_ff
+            return DeviceBundles(
+                model,
+                self._device,
+                selectors=load_device_selectors(
+                    model, sparse.selector, self.backend, verify=options.verify, progress=progress
+                ),
+                windows=[sparse.window.build(n_neurons, capacity) for capacity in plan.capacities],
+                capacities=plan.capacities,
+                tier_capacities=tier_capacities(model, options.host_memory),
+                open_reader=sparse.open_reader or self._open_reader,
+                verify=options.verify,
+            )
+        if not isinstance(plan, MemoryPlan):
+            raise TypeError("a plan for leaving neurons out needs a selector")
+        exact = DeviceExactBundles(
+            model, self._device, plan.pinned_blocks, open_reader=self._open_reader, verify=options.verify
+        )
+        exact.load(progress)
+        return exact
+
+    def _landing_nbytes(self) -> int:
+        if self._options.sparse is not None:
+            return landing_nbytes([info.geometry.stride for info in self._model.layers])
+        return RING_SLOTS * (max(block.nbytes for block in model_blocks(self._model)) + IO_ALIGNMENT)
+
+    def _require_dram(self, process_nbytes: int) -> None:
+        """Refuse a ceiling on DRAM that page-locked memory and loading would exceed."""
+        largest = max(tensors_nbytes(self._model, [info.name]) for info in resident_tensors(self._model))
+        needed = process_nbytes + self._landing_nbytes() + self._options.host_memory + largest
+        if self._options.memory is not None and needed > self._options.memory:
+            raise BudgetError(
+                f"{format_size(self._options.memory)} of DRAM is not enough beside the device; the smallest that works "
+                f"is {format_size(needed)}",
+                expected=f"at least {needed} bytes",
+                actual=self._options.memory,
+            )
+
+    def _open_reader(self, path: Path) -> RangeReader:
+        infos = [info for info in self._model.layers if info.extent.path == path]
+        alignment = math.gcd(IO_ALIGNMENT, *(math.gcd(info.extent.offset, info.geometry.stride) for info in infos))
+        return open_reader(path, range_alignment=alignment)
+
+
+class _UploadedTable:
+    """A `Table` of the host whose rows are copied to the device."""
+
+    def __init__(self, table: FlashTable, device: Device) -> None:
+        self._table = table
+        self._device = device
+
+    def rows(self, ids: npt.NDArray[np.int64]) -> F32:
+        """float32 [len(ids), width] on the device."""
+        rows: F32 = self._device.upload(self._table.rows(ids))
+        return rows
+
+
+def tier_capacities(model: FlashModel, nbytes: int) -> list[int] | None:
+    """Slots of each layer in `nbytes` of page-locked memory, shared evenly; None where there are none."""
+    strides = [info.geometry.stride for info in model.layers]
+    n_slots = min(nbytes // sum(strides), model.decoder.ffn.d_ff)
+    return [n_slots] * len(strides) if n_slots else None
+
+
+def _scratch_nbytes(decoder: Decoder, n_tokens: int, context_tokens: int, block_neurons: int) -> int:
+    """Most device memory that activations take while `n_tokens` tokens are computed together, logits included.
+
+    What was freed stays with the allocator in pieces, so twice of what is in use at once is counted.
+    """
+    a, d_model = decoder.attention, decoder.d_model
+    width = (a.n_heads + 2 * a.n_kv_heads) * a.head_dim
+    stretches = attention_stretches(n_tokens, context_tokens)
+    attention = n_tokens * (2 * width + a.n_heads * stretches * (a.head_dim + 2))
+    n_blocks = -(-decoder.ffn.d_ff // 64)
+    ffn = max(2 * n_tokens * block_neurons, 8 * (decoder.ffn.d_ff + n_blocks * d_model))
+    logits = 2 * n_tokens * decoder.vocab_size
+    return 2 * 4 * (6 * n_tokens * d_model + max(attention, ffn, logits))

@@ -1,0 +1,135 @@
+"""The CUDA kernels on two devices: on this processor, by a host compiler, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashfmt.errors import FlashError
+from reference_engine.backends.cupy_backend import CupyBackend
+from reference_engine.backends.cupy_device import open_cuda_device
+from reference_engine.backends.cupy_sources import kernel_source
+
+HEADER = Path(__file__).parent / "host_cuda.h"
+POISON = 0xA5
+
+
+class EmulatedDevice:
+    """`Device` whose memory is the host's and whose queues run at once. New arrays hold poison."""
+
+    name = "emulated"
+
+    def __init__(self, library: ctypes.CDLL, nbytes: int = 1 << 40) -> None:
+        self.library = library
+        self.nbytes = nbytes
+        self.n_launches = 0
+
+    def memory(self):
+        return self.nbytes, self.nbytes
+
+    def limit(self, nbytes):
+        self.nbytes = nbytes
+
+    def empty(self, shape, dtype):
+        count = int(np.prod(shape, dtype=np.int64))
+        whole = np.full(count * np.dtype(dtype).itemsize + 64, POISON, np.uint8)
+        start = -whole.ctypes.data % 64
+        return whole[start : start + whole.nbytes - 64].view(dtype).reshape(shape)
+
+    def zeros(self, shape, dtype):
+        array = self.empty(shape, dtype)
+        array[...] = 0
+        return array
+
+    def upload(self, host):
+        array = self.empty(host.shape, host.dtype)
+        array[...] = host
+        return array
+
+    def download(self, array):
+        return array.copy()
+
+    def pinned(self, nbytes):
+        whole = np.full(nbytes + 4096, POISON, np.uint8)
+        start = -whole.ctypes.data % 4096
+        return whole[start : start + nbytes]
+
+    def copy_in(self, target, source):
+        assert target.nbytes == source.nbytes
+        target[...] = source
+
+    def address(self, array):
+        return array.ctypes.data
+
+    def launch(self, kernel, grid, n_threads, *arguments, queue):
+        values = []
+        for value in arguments:
+            if value is None or isinstance(value, np.ndarray):
+                values.append(np.array([0 if value is None else value.ctypes.data], np.uint64))
+            else:
+                values.append(np.array([value]))
+        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        getattr(self.library, f"launch_{kernel}")((ctypes.c_uint * 3)(*grid), n_threads, pointers)
+        self.n_launches += 1
+
+    def record(self, queue):
+        return (queue, self.n_launches)
+
+    def wait(self, queue, event):
+        pass
+
+    def synchronize(self, event):
+        pass
+
+
+def kernel_names(preprocessed: str) -> list[str]:
+    return re.findall(r'extern "C"\s+void\s+(\w+)\(', preprocessed)
+
+
+@pytest.fixture(scope="session")
+def kernel_library(tmp_path_factory):
+    """All kernels compiled for this processor."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to build the kernels for this processor")
+    folder = tmp_path_factory.mktemp("cuda")
+    source = folder / "kernels.cpp"
+    source.write_text(f'#include "{HEADER}"\n{kernel_source()}')
+    flags = ["-std=c++17", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+    names = kernel_names(subprocess.run([compiler, *flags, "-E", source], check=True, capture_output=True, text=True).stdout)
+    with source.open("a") as file:
+        file.writelines(f"EXPORT({name})\n" for name in names)
+    library = folder / "kernels.so"
+    subprocess.run([compiler, *flags, "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="session", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "emulated":
+        return EmulatedDevice(request.getfixturevalue("kernel_library"))
+    try:
+        return open_cuda_device()
+    except FlashError as error:
+        pytest.skip(f"no GPU: {error}")
+
+
+@pytest.fixture(scope="session")
+def backend(device):
+    return CupyBackend(device)
+
+
+@pytest.fixture(scope="session")
+def on_device(device):
+    """Copies host arrays, matrices' data included, to the device."""
+
+    def upload(array):
+        return None if array is None else device.upload(np.ascontiguousarray(array))
+
+    return upload
