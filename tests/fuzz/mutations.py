@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import random
 import re
 import struct
@@ -303,9 +304,10 @@ class Mutator:
             shape = document["attributes"]["flashfmt"]["shape"]
             encoding = rng.choice(("f32", "f16", "bf16", "u8", "u32"))
             ours = {"kind": "tensor", "encoding": encoding, "shape": shape, "crc32c": "00000000"}
-            nbytes = int(np.prod(shape)) * np.dtype(self.dtypes[encoding]).itemsize
-            payload.payload = payload.payload[:nbytes].ljust(min(nbytes, 1 << 17), b"\0")
-        except (KeyError, TypeError, AttributeError, ValueError):
+            nbytes = int(math.prod(shape)) * np.dtype(self.dtypes[encoding]).itemsize
+            nbytes = min(max(nbytes, 0), 1 << 17)
+            payload.payload = payload.payload[:nbytes].ljust(nbytes, b"\0")
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
             return
         entry.payload = dumped(self.array_document(shape, self.dtypes[encoding], ours))
 

@@ -88,8 +88,8 @@ def change_tree(rng: random.Random, document: dict[str, Any]) -> None:
         holder[absent] = copy.deepcopy(rng.choice(PLAUSIBLE[absent]))
     elif key in PLAUSIBLE and rng.random() < 0.4:
         holder[key] = copy.deepcopy(rng.choice(PLAUSIBLE[key]))
-    elif change <= 2 and isinstance(old, int | float):
-        holder[key] = integer(rng, int(old))
+    elif change <= 2 and isinstance(old, int):
+        holder[key] = integer(rng, old)
     elif change <= 4:
         holder[key] = copy.deepcopy(rng.choice(VALUES))
     elif change == 5:
