@@ -116,6 +116,23 @@ _ENGINE_OPTIONS = _grouped(
         show_default=True,
         help="Which bundles stay in memory with --selector: frequency:H (half-life of H tokens, 64), lru, or paper:K.",
     ),
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+    click.option(
+        "--vram",
+        callback=_size,
+        metavar="SIZE",
+        default="auto",
+        show_default=True,
+        help="With --device cuda: ceiling on everything the process holds there; auto: most of what is free.",
+    ),
+    click.option(
+        "--host-memory",
+        callback=_size,
+        metavar="SIZE",
+        default="0",
+        show_default=True,
+        help="With --device cuda and --selector: page-locked memory for bundles that left the device.",
+    ),
 )  # fmt: skip
 
 _TEXT_OPTIONS = _grouped(
@@ -357,7 +374,7 @@ def _ask(*, quiet: bool) -> str | None:
 
 
 def _engine(model: Path, options: dict[str, Any], loaded_before_plan: Callable[[FlashModel], object]) -> Engine:
-    if not is_compiled(options["backend"]):
+    if options["device"] == "cpu" and not is_compiled(options["backend"]):
         click.echo("compiling kernels for this processor; this happens once and takes about a minute", err=True)
     selector, prefetch, window = (options.pop(name) for name in ("selector", "prefetch", "window"))
     if selector is None and prefetch is not None:

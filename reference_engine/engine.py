@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,11 @@ from flashfmt import FlashModel
 from flashfmt.encodings import Encoding
 from flashfmt.errors import PromptError
 from reference_engine.backends import BackendName, load_backend
+from reference_engine.backends.cupy_device import open_cuda_device
 from reference_engine.bundle_checksums import Verify
+from reference_engine.device_bundles import DeviceBundles
+from reference_engine.device_exact import DeviceExactBundles
+from reference_engine.device_placement import DeviceOptions, DevicePlacement
 from reference_engine.exact_bundles import ExactBundles, model_blocks
 from reference_engine.flash_io import IoCounters
 from reference_engine.kv_cache import KvCache, KvType, kv_cache_nbytes
@@ -66,6 +70,9 @@ class EngineOptions:
     backend, n_threads : see `load_backend`.
     verify : check the checksums of what is read never, the first time, or always.
     sparse : leave neurons out, by these options; None computes with all of them.
+    device : ``cpu``, or ``cuda``: weights, activations and arithmetic on a GPU; `backend` and `n_threads` mean nothing.
+    vram : with ``cuda``, the ceiling in bytes on everything the process holds there; None takes most of what is free.
+    host_memory : with ``cuda``, page-locked bytes that keep bundles which left the device.
     """
 
     memory: int | None = None
@@ -75,6 +82,9 @@ class EngineOptions:
     n_threads: int | None = None
     verify: Verify = "first"
     sparse: SparseOptions | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    vram: int | None = None
+    host_memory: int = 0
 
 
 class Session:
@@ -159,14 +169,16 @@ class Engine:
     ) -> None:
         self.options = options or EngineOptions()
         self.model = flashfmt.open(path)
-        self._bundles: ExactBundles | SparseBundles | None = None
+        self._bundles: ExactBundles | SparseBundles | DeviceExactBundles | DeviceBundles | None = None
         self._stack: DecoderStack | None = None
         self._kv_cache: KvCache | None = None
         self._session: Session | None = None
         try:
             self.context_tokens = self._choose_context()
-            self._backend = load_backend(self.options.backend, self.options.n_threads)
-            self._backend.prepare(_encodings(self.model))
+            self._placement = self._place()
+            if self._placement is None:
+                self._backend = load_backend(self.options.backend, self.options.n_threads)
+                self._backend.prepare(_encodings(self.model))
             if loaded_before_plan is not None:
                 loaded_before_plan(self.model)
             trim_heap()  # reading a tokenizer leaves megabytes of freed memory
@@ -208,9 +220,9 @@ class Engine:
         return self.plan
 
     @property
-    def sparse(self) -> SparseBundles | None:
+    def sparse(self) -> SparseBundles | DeviceBundles | None:
         """Where sparse mode's figures are, and can be watched; None in exact mode, and before loading."""
-        return self._bundles if isinstance(self._bundles, SparseBundles) else None
+        return self._bundles if isinstance(self._bundles, SparseBundles | DeviceBundles) else None
 
     def load(self, progress: Progress | None = None) -> None:
         """Read what the plan keeps in DRAM, and start streaming the rest.
@@ -219,6 +231,10 @@ class Engine:
         ------
         FlashReadError, ChecksumError
         """
+        if self._placement is not None:
+            loaded = self._placement.load(self.plan, progress)
+            self._stack, self._kv_cache, self._bundles = loaded.stack, loaded.kv_cache, loaded.bundles
+            return
         residents = Residents(
             self.model,
             load_residents(self.model, verify=self.options.verify != "never", progress=progress),
@@ -269,6 +285,25 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def _place(self) -> DevicePlacement | None:
+        """Where a device holds the model; None on the CPU."""
+        options = self.options
+        if options.device == "cpu":
+            if options.vram is not None or options.host_memory:
+                raise PromptError("device memory and its second tier are for a device: --device cuda")
+            return None
+        device_options = DeviceOptions(
+            vram=options.vram,
+            host_memory=options.host_memory,
+            memory=options.memory,
+            context_tokens=self.context_tokens,
+            prefill_tokens=PREFILL_TOKENS,
+            kv_type=options.kv_type,
+            verify=options.verify,
+            sparse=options.sparse,
+        )
+        return DevicePlacement(self.model, open_cuda_device(), device_options)
+
     def _choose_context(self) -> int:
         own, asked = self.model.decoder.context_tokens, self.options.context_tokens
         if asked is not None and not 1 <= asked <= own:
@@ -292,6 +327,8 @@ class Engine:
         return exact
 
     def _plan(self) -> MemoryPlan | SparsePlan:
+        if self._placement is not None:
+            return self._placement.plan(resident_nbytes())
         decoder, sparse = self.model.decoder, self.options.sparse
         ceiling = self.options.memory if self.options.memory is not None else automatic_ceiling()
         process = resident_nbytes()

@@ -1,0 +1,166 @@
+"""The engine on a device against the CPU's: logits at every budget and encoding, the window's trace, its failures."""
+
+import contextlib
+
+import numpy as np
+import pytest
+
+import reference_engine.engine as engine_module
+from flashfmt.convert import convert
+from flashfmt.errors import BudgetError, ChecksumError, FlashError, PromptError
+from reference_engine.device_placement import CONTEXT_NBYTES
+from reference_engine.engine import Engine, EngineOptions
+from reference_engine.neuron_window import parse_window
+from reference_engine.plan import MemoryPlan
+from reference_engine.selectors import parse_selector
+from reference_engine.sparse_mode import SparseOptions
+
+IDS = np.random.default_rng(5).integers(0, 97, 9).tolist()
+ROOM = CONTEXT_NBYTES + (64 << 20)
+
+
+@pytest.fixture
+def on_this_device(device, monkeypatch):
+    """The engine meets the test's device where it would look for a GPU."""
+    if device.name == "emulated":
+        monkeypatch.setattr(device, "nbytes", 1 << 40)
+        monkeypatch.setattr(engine_module, "open_cuda_device", lambda: device)
+
+
+@contextlib.contextmanager
+def loaded(path, **options):
+    with Engine(path, EngineOptions(context_tokens=32, **options)) as engine:
+        engine.load()
+        yield engine
+
+
+def logits(engine, ids=IDS):
+    """Of a prompt, then of three tokens one by one."""
+    session = engine.start()
+    return np.concatenate([session.feed_all(ids), *(session.feed_all([token]) for token in (3, 1, 2))])
+
+
+@pytest.mark.usefixtures("on_this_device")
+@pytest.mark.parametrize("kind", ["plain", "gated"])
+@pytest.mark.parametrize("encoding", ["f32", "f16", "bf16", "q8", "q4"])
+def test_logits_are_those_of_the_cpu(synthetic, relative_error, kind, encoding):
+    path = synthetic(kind, encoding, encoding)
+    with loaded(path, memory=4 << 30, backend="numpy") as engine:
+        expected = logits(engine)
+    with loaded(path, device="cuda", vram=ROOM) as engine:
+        assert isinstance(engine.plan, MemoryPlan)
+        assert engine.plan.is_resident
+        assert relative_error(logits(engine), expected) <= 1e-5
+
+
+@pytest.mark.usefixtures("on_this_device")
+@pytest.mark.parametrize("variant", ["opt_post_norm_projected", "llama_rope_yarn", "mistral", "qwen3", "phi2", "falcon"])
+def test_architectures(tiny_checkpoint, checkpoints, tmp_path, relative_error, variant):
+    if variant not in checkpoints.VARIANTS:
+        pytest.skip(f"no converter for {variant}")
+    source, oracle = tiny_checkpoint(variant)
+    convert(source, tmp_path / "m.flash", encoding="f16", residents="f16")
+    ids = np.random.default_rng(6).integers(3, oracle.config.vocab_size, 9).tolist()
+    with loaded(tmp_path / "m.flash", memory=4 << 30, backend="numpy") as engine:
+        expected = logits(engine, ids)
+    with loaded(tmp_path / "m.flash", device="cuda", vram=ROOM, kv_type="f16") as engine:
+        assert relative_error(logits(engine, ids), expected) <= 2e-3
+
+
+@pytest.mark.usefixtures("on_this_device")
+def test_same_bits_at_every_ceiling(synthetic, device):
+    path = synthetic("plain", "f32")
+    with Engine(path, EngineOptions(context_tokens=32, device="cuda", vram=ROOM)) as engine:
+        floor = engine.plan.floor
+        engine.load()
+        expected = logits(engine)
+    with loaded(path, device="cuda", vram=floor) as engine:
+        assert not engine.plan.is_resident
+        assert np.array_equal(logits(engine), expected)
+        assert np.array_equal(logits(engine), expected)
+        assert engine.counters().bytes_read > 0
+    with pytest.raises(BudgetError, match="smallest"):
+        Engine(path, EngineOptions(context_tokens=32, device="cuda", vram=floor - 1))
+
+
+def cpu_and_device_traces(path, sparse, *, vram, **device_options):
+    """Logits and, for every pass and layer, (active, hits, missing, evicted) of both engines in as many slots."""
+    results = []
+    device = Engine(path, EngineOptions(context_tokens=32, device="cuda", vram=vram, sparse=sparse, **device_options))
+    capacities = device.plan.capacities
+    cpu = Engine(path, EngineOptions(context_tokens=32, backend="numpy", sparse=sparse))
+    object.__setattr__(cpu.plan, "capacities", capacities)
+    for engine in (cpu, device):
+        with engine:
+            records = []
+            engine.load()
+            engine.sparse.watch(records.append)
+            values = logits(engine)
+            results.append((values, records, engine))
+    return results
+
+
+@pytest.mark.usefixtures("on_this_device")
+@pytest.mark.parametrize("selector", ["lowbit:q8:0.001", "lowbit:q8:0.001@previous", "all"])
+@pytest.mark.parametrize("window", ["lru", "paper:2"])
+@pytest.mark.parametrize("tier", [0, 1 << 16, 1 << 22])
+def test_windows_and_logits_are_those_of_the_cpu(synthetic, relative_error, monkeypatch, selector, window, tier):
+    path = synthetic("plain", "f16")
+    sparse = SparseOptions(parse_selector(selector), window=parse_window(window))
+    monkeypatch.setattr("reference_engine.sparse_plan.MIN_SLOTS", 100)
+    with Engine(path, EngineOptions(context_tokens=32, device="cuda", vram=ROOM, sparse=sparse)) as probe:
+        floor = probe.plan.floor
+    (expected, cpu, _), (actual, gpu, engine) = cpu_and_device_traces(path, sparse, vram=floor, host_memory=tier)
+    assert relative_error(actual, expected) <= 1e-4
+    assert engine.plan.capacities == (100, 100, 100)
+    for one, other in zip(cpu, gpu, strict=True):
+        for a, b in zip(one.layers, other.layers, strict=True):
+            assert np.array_equal(a.active, b.active)
+            assert a.figures.n_evicted == b.figures.n_evicted
+            assert a.figures.n_hits == b.figures.n_hits
+            assert b.figures.n_missing <= a.figures.n_missing
+    totals = engine.sparse.totals
+    assert totals.total("n_missing") + engine.sparse.n_from_tier + totals.total("n_hits") == totals.total("n_active")
+    assert bool(engine.sparse.n_from_tier) == bool(tier)
+
+
+@pytest.mark.usefixtures("on_this_device")
+@pytest.mark.parametrize("sparse", [None, SparseOptions(parse_selector("all"), window=parse_window("lru"))])
+def test_a_damaged_bundle_is_named_and_the_rest_goes_on(synthetic, tmp_path, sparse):
+    path = tmp_path / "m.flash"
+    data = bytearray(synthetic("plain", "f16").read_bytes())
+    with Engine(synthetic("plain", "f16"), EngineOptions(context_tokens=32, backend="numpy")) as engine:
+        info = engine.model.layers[1]
+    data[info.extent.offset + 300 * info.geometry.stride + 5] ^= 0x40
+    path.write_bytes(data)
+    with Engine(path, EngineOptions(context_tokens=32, device="cuda", vram=ROOM, sparse=sparse)) as engine:
+        if sparse is None:
+            with pytest.raises(ChecksumError, match="layer 1, neuron 300"):
+                engine.load()
+            return
+        engine.load()
+        for _ in range(2):
+            with pytest.raises(ChecksumError, match="layer 1, neuron 300"):
+                engine.start().feed([1])
+
+
+@pytest.mark.usefixtures("on_this_device")
+def test_what_cannot_be_done_is_refused_before_loading(synthetic, device):
+    path = synthetic("plain", "f16")
+    if device.name == "emulated":
+        with pytest.raises(BudgetError, match="free"):
+            Engine(path, EngineOptions(device="cuda", vram=1 << 50))
+    for options in (
+        {"device": "cuda", "host_memory": 1 << 20},
+        {"device": "cpu", "vram": 1 << 30},
+        {"device": "cuda", "sparse": SparseOptions(parse_selector("all"), prefetch=parse_selector("lowbit:q4"))},
+    ):
+        with pytest.raises(PromptError):
+            Engine(path, EngineOptions(**options))
+    with pytest.raises(BudgetError, match="DRAM"):
+        Engine(path, EngineOptions(device="cuda", vram=ROOM, memory=1 << 20))
+    with (
+        Engine(path, EngineOptions(device="cuda", sparse=SparseOptions(parse_selector("oracle")))) as engine,
+        pytest.raises(FlashError, match="selector"),
+    ):
+        engine.load()
