@@ -119,7 +119,7 @@ def convert(
     with closing(open_checkpoint(source)) as checkpoint:
         plan = make_plan(checkpoint, encoding=encoding, residents=residents, name=name)
         check_copies(checkpoint, plan)
-        with FlashWriter(
+        writer = FlashWriter(
             target,
             plan.manifest,
             tensors=[TensorSpec(tensor.name, tensor.encoding, tensor.shape) for tensor in plan.tensors],
@@ -128,19 +128,24 @@ def convert(
             container=container,
             fingerprint=_fingerprint(checkpoint, plan),
             overwrite=overwrite,
-        ) as writer:
-            total = payload_nbytes(plan)
-            done = 0
+        )
+        total = payload_nbytes(plan)
+        done = 0
 
-            def advance(nbytes: int) -> None:
-                nonlocal done
-                done += nbytes
-                if progress is not None:
-                    progress(done, total)
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
 
-            for role, file in sorted(checkpoint.files.items()):
-                writer.write_file(role, file.content)
-            write_weights(checkpoint, plan, writer, advance)
+        try:
+            with writer:
+                for role, file in sorted(checkpoint.files.items()):
+                    writer.write_file(role, file.content)
+                write_weights(checkpoint, plan, writer, advance)
+        except CheckpointError:
+            writer.discard()  # a source that was refused is not the one that a later run would go on with
+            raise
         return ConversionReport(
             target=Path(target),
             nbytes=_nbytes(Path(target)),
