@@ -100,7 +100,7 @@ __device__ void attend(
         query[i] = column < width ? q[((i64)token * n_heads + head) * width + column] * scale : 0.0f;
         mixed[i] = 0.0f;
     }
-    float best = -INFINITY, total = 0.0f;
+    float best = -INFINITE, total = 0.0f;
     for (int position = begin + warp * ATTEND_BATCH; position < end; position += ATTEND_WARPS * ATTEND_BATCH) {
         float score[ATTEND_BATCH] = {};
 #pragma unroll
@@ -117,7 +117,7 @@ __device__ void attend(
 #pragma unroll
         for (int b = 0; b < ATTEND_BATCH; b++) {
             score[b] = warp_sum(score[b]);
-            if (position + b >= end) score[b] = -INFINITY;
+            if (position + b >= end) score[b] = -INFINITE;
             peak = fmaxf(peak, score[b]);
         }
         const float shrink = expf(best - peak);
@@ -151,7 +151,7 @@ __device__ void attend(
         if (column < width) mixed_of[warp][column] = mixed[i];
     }
     __syncthreads();
-    float peak = -INFINITY, sum = 0.0f, share[ATTEND_WARPS];
+    float peak = -INFINITE, sum = 0.0f, share[ATTEND_WARPS];
     for (int w = 0; w < ATTEND_WARPS; w++) peak = fmaxf(peak, best_of[w]);
     for (int w = 0; w < ATTEND_WARPS; w++) {
         share[w] = total_of[w] > 0.0f || total_of[w] != total_of[w] ? expf(best_of[w] - peak) : 0.0f;
@@ -172,7 +172,7 @@ __device__ void attend(
 // out [n_tokens * n_heads, width] from the stretches, in their order; a block takes one head of one token.
 extern "C" __global__ void attend_combine(const float* partial, int n_stretches, int width, float* out) {
     const float* from = partial + (i64)blockIdx.x * n_stretches * (width + 2);
-    float peak = -INFINITY, total = 0.0f;
+    float peak = -INFINITE, total = 0.0f;
     for (int s = 0; s < n_stretches; s++) {
         if (from[s * (width + 2) + 1] != 0.0f) peak = fmaxf(peak, from[s * (width + 2)]);
     }

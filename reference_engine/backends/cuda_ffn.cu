@@ -77,9 +77,9 @@ __device__ void ffn_down(
     const int end = min(begin + FFN_BLOCK / DOWN_GROUPS, n_bundles);
     const bool has_columns = unit * S::N < n;
     float acc[TT][S::N] = {};
-    if (has_columns && is_aligned) {
+    if (has_columns && (S::SCALED || is_aligned)) {
         const i64 offset = S::values_offset(n);
-#pragma unroll 4
+#pragma unroll(S::N > 8 ? 2 : 4)
         for (int j = begin; j < end; j++) {
             const u8* row = row_at(base, stride, slots, j) + part;
             float w[S::N], scale[2];

@@ -3,7 +3,7 @@
 #define MATVEC_WARPS 8
 
 // Dot products of R stored rows with TT tokens, by one warp; every lane gets the sums, `n_tokens` <= TT of them.
-// x is [n_tokens, n]. The order of the sum depends on n alone.
+// x is [n_tokens, n]. Quantised rows are always aligned. The order of the sum depends on n and alignment alone.
 template <int E, int R, int TT>
 __device__ __forceinline__ void dot_rows(
     const u8* const* rows, int n, const float* x, int n_tokens, int is_aligned, float (*sums)[TT]
@@ -15,7 +15,7 @@ __device__ __forceinline__ void dot_rows(
 #pragma unroll
         for (int t = 0; t < TT; t++) sums[r][t] = 0.0f;
     }
-    if (is_aligned) {
+    if (S::SCALED || is_aligned) {
         const i64 offset = S::values_offset(n);
         const int n_units = n / S::N;
 #pragma unroll 4

@@ -13,6 +13,7 @@ typedef long long i64;
 
 #define WARP 32
 #define ALL_LANES 0xffffffffu
+#define INFINITE __uint_as_float(0x7f800000u)  // NVRTC has no INFINITY
 
 #ifndef HOST_BUILD
 __device__ __forceinline__ float half_to_float(u16 bits) {

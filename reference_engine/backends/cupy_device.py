@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from flashfmt.errors import FlashError, MissingExtraError
+from flashfmt.errors import BudgetError, FlashError, MissingExtraError
 from flashfmt.layout import round_up
 from reference_engine.backends.cupy_protocol import Bytes, DeviceArray, Event, Queue
-from reference_engine.backends.cupy_sources import kernel_source
+from reference_engine.backends.cupy_sources import COMPILER_OPTIONS, kernel_source
 
 _EXTRAS: Final = "flashfmt[gpu] for CUDA 12, flashfmt[gpu-cuda13] for CUDA 13"
 _PINNED_ALIGNMENT: Final = 4096
@@ -60,7 +61,7 @@ class CupyDevice:
             "compute": cupy.cuda.Stream.null,
             "copy": cupy.cuda.Stream(non_blocking=True),
         }
-        self._module = cupy.RawModule(code=kernel_source(), options=("--std=c++17",))
+        self._module = cupy.RawModule(code=kernel_source(), options=COMPILER_OPTIONS)
         self._module.compile()
         self._kernels: dict[str, Any] = {}
 
@@ -80,15 +81,15 @@ class CupyDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """See `Device.empty`."""
-        return self._cupy.empty(shape, dtype)
+        return self._allocated(lambda: self._cupy.empty(shape, dtype))
 
     def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """See `Device.zeros`."""
-        return self._cupy.zeros(shape, dtype)
+        return self._allocated(lambda: self._cupy.zeros(shape, dtype))
 
     def upload(self, host: npt.NDArray[Any]) -> DeviceArray:
         """See `Device.upload`."""
-        return self._cupy.array(host)
+        return self._allocated(lambda: self._cupy.array(host))
 
     def download(self, array: DeviceArray) -> npt.NDArray[Any]:
         """See `Device.download`."""
@@ -115,7 +116,8 @@ class CupyDevice:
         function = self._kernels.get(kernel)
         if function is None:
             function = self._kernels[kernel] = self._module.get_function(kernel)
-        function(grid, (n_threads, 1, 1), tuple(map(_argument, arguments)), stream=self._streams[queue])
+        with self._streams[queue]:
+            function(grid, (n_threads, 1, 1), tuple(map(_argument, arguments)))
 
     def record(self, queue: Queue) -> Event:
         """See `Device.record`."""
@@ -130,6 +132,12 @@ class CupyDevice:
     def synchronize(self, event: Event) -> None:
         """See `Device.synchronize`."""
         event.synchronize()
+
+    def _allocated(self, make: Callable[[], DeviceArray]) -> DeviceArray:
+        try:
+            return make()
+        except self._cupy.cuda.memory.OutOfMemoryError as error:
+            raise BudgetError(f"the device has no more room under this ceiling: {error}") from error
 
 
 def _argument(value: Any) -> Any:

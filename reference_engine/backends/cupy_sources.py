@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 _FILES: Final = ("cuda_weights.cu", "cuda_linear.cu", "cuda_ffn.cu", "cuda_attention.cu", "cuda_bundles.cu")
+COMPILER_OPTIONS: Final = ("--std=c++17",)
 
 
 def kernel_source() -> str:

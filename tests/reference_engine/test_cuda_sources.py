@@ -8,10 +8,8 @@ import pytest
 
 from reference_engine.backends import cupy_backend
 from reference_engine.backends.activations import ACTIVATION_CODES
-from reference_engine.backends.cupy_sources import kernel_source
+from reference_engine.backends.cupy_sources import COMPILER_OPTIONS, kernel_source
 from reference_engine.backends.protocol import FFN_BLOCK_NEURONS
-
-MAX_REGISTERS = 255
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +24,23 @@ def test_nvcc_compiles_every_kernel(source, architecture):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on this machine")
-    command = [nvcc, f"-arch={architecture}", "-std=c++17", "--Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
+    command = [nvcc, f"-arch={architecture}", *COMPILER_OPTIONS, "--Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
     output = source.with_suffix(f".{architecture}.cubin")
     result = subprocess.run([*command, source, "-o", output], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     frames = re.findall(r"(\d+) bytes stack frame", result.stderr)
     assert len(frames) > 60
-    assert max(map(int, frames)) <= 64, "a kernel keeps arrays in local memory"
+    assert max(map(int, frames)) <= 64, "a kernel keeps arrays in local memory, or spills more than a few registers"
+
+
+@pytest.mark.parametrize("architecture", ["compute_80", "compute_90"])
+def test_nvrtc_compiles_every_kernel(architecture):
+    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="no CuPy, which brings NVRTC")
+    program = nvrtc.createProgram(kernel_source(), "kernels.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (*COMPILER_OPTIONS, f"--gpu-architecture={architecture}"))
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program))
 
 
 def test_constants_agree_with_those_of_the_kernels():

@@ -6,6 +6,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -21,26 +22,37 @@ POISON = 0xA5
 
 
 class EmulatedDevice:
-    """`Device` whose memory is the host's and whose queues run at once. New arrays hold poison."""
+    """`Device` whose memory is the host's and whose queues run at once. New arrays hold poison.
+
+    Arrays beyond the limit are refused, though what numpy allocates for its own results is not counted.
+    """
 
     name = "emulated"
 
-    def __init__(self, library: ctypes.CDLL, nbytes: int = 1 << 40) -> None:
+    def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
-        self.nbytes = nbytes
         self.n_launches = 0
+        self.in_use = 0
+        self.most = 1 << 40
 
     def memory(self):
-        return self.nbytes, self.nbytes
+        return 1 << 40, 1 << 40
 
     def limit(self, nbytes):
-        self.nbytes = nbytes
+        self.most = nbytes
 
     def empty(self, shape, dtype):
         count = int(np.prod(shape, dtype=np.int64))
         whole = np.full(count * np.dtype(dtype).itemsize + 64, POISON, np.uint8)
+        self.in_use += whole.nbytes
+        weakref.finalize(whole, self._freed, whole.nbytes)
+        if self.in_use > self.most:
+            raise MemoryError(f"{self.in_use} bytes in use, of {self.most}")
         start = -whole.ctypes.data % 64
         return whole[start : start + whole.nbytes - 64].view(dtype).reshape(shape)
+
+    def _freed(self, nbytes):
+        self.in_use -= nbytes
 
     def zeros(self, shape, dtype):
         array = self.empty(shape, dtype)
@@ -88,10 +100,6 @@ class EmulatedDevice:
         pass
 
 
-def kernel_names(preprocessed: str) -> list[str]:
-    return re.findall(r'extern "C"\s+void\s+(\w+)\(', preprocessed)
-
-
 @pytest.fixture(scope="session")
 def kernel_library(tmp_path_factory):
     """All kernels compiled for this processor."""
@@ -102,7 +110,8 @@ def kernel_library(tmp_path_factory):
     source = folder / "kernels.cpp"
     source.write_text(f'#include "{HEADER}"\n{kernel_source()}')
     flags = ["-std=c++17", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
-    names = kernel_names(subprocess.run([compiler, *flags, "-E", source], check=True, capture_output=True, text=True).stdout)
+    expanded = subprocess.run([compiler, *flags, "-E", source], check=True, capture_output=True, text=True).stdout
+    names = re.findall(r'extern "C"\s+void\s+(\w+)\(', expanded)
     with source.open("a") as file:
         file.writelines(f"EXPORT({name})\n" for name in names)
     library = folder / "kernels.so"

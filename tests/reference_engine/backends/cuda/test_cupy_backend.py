@@ -56,7 +56,9 @@ def test_rows_of_any_width(backend, device, oracle, source, stored, on_device, r
 def test_error_of_a_wide_row(backend, device, oracle, source, stored, on_device, relative_error, encoding):
     matrix, decoded = source.matrix(encoding, 6, 4096)
     x = source.normal(1, 4096)
-    assert relative_error(device.download(backend.matmul(stored(matrix), on_device(x))), oracle.matmul(decoded, x)) <= 1e-5
+    assert (
+        relative_error(device.download(backend.matmul(stored(matrix), on_device(x))), oracle.matmul(decoded, x)) <= 1e-5
+    )
 
 
 def test_what_is_not_finite_stays_so(backend, device, source, stored, on_device, encoding):
@@ -149,7 +151,19 @@ def test_host_slots_are_checked(backend, source, on_device):
      (70, 0, 2, 1, 80, None), (3, 140, 3, 3, 128, 1)],
 )  # fmt: skip
 def test_attention(
-    backend, device, oracle, source, on_device, relative_error, dtype, n_tokens, n_past, n_heads, n_kv_heads, width, window
+    backend,
+    device,
+    oracle,
+    source,
+    on_device,
+    relative_error,
+    dtype,
+    n_tokens,
+    n_past,
+    n_heads,
+    n_kv_heads,
+    width,
+    window,
 ):
     q = 2 * source.normal(n_tokens, n_heads, width)
     cache = [source.normal(n_kv_heads, n_past + n_tokens + 5, width).astype(dtype) for _ in range(2)]
@@ -220,7 +234,16 @@ def test_rows_move_between_slots(device, source, on_device):
     from_, to = np.array([8, 0, 3], np.int32), np.array([11, 5, 0], np.int32)
     stride = np.int64(80)
     device.launch(
-        "move_rows", (3, 1, 1), 128, on_device(rows), on_device(from_), target, on_device(to), stride, stride, queue="copy"
+        "move_rows",
+        (3, 1, 1),
+        128,
+        on_device(rows),
+        on_device(from_),
+        target,
+        on_device(to),
+        stride,
+        stride,
+        queue="copy",
     )
     expected = np.zeros((12, 80), np.uint8)
     expected[to] = rows[from_]

@@ -23,7 +23,7 @@ ROOM = CONTEXT_NBYTES + (64 << 20)
 def on_this_device(device, monkeypatch):
     """The engine meets the test's device where it would look for a GPU."""
     if device.name == "emulated":
-        monkeypatch.setattr(device, "nbytes", 1 << 40)
+        monkeypatch.setattr(device, "most", device.most)  # what a test sets ends with it
         monkeypatch.setattr(engine_module, "open_cuda_device", lambda: device)
 
 
@@ -54,7 +54,9 @@ def test_logits_are_those_of_the_cpu(synthetic, relative_error, kind, encoding):
 
 
 @pytest.mark.usefixtures("on_this_device")
-@pytest.mark.parametrize("variant", ["opt_post_norm_projected", "llama_rope_yarn", "mistral", "qwen3", "phi2", "falcon"])
+@pytest.mark.parametrize(
+    "variant", ["opt_post_norm_projected", "llama_rope_yarn", "mistral", "qwen3", "phi2", "falcon"]
+)
 def test_architectures(tiny_checkpoint, checkpoints, tmp_path, relative_error, variant):
     if variant not in checkpoints.VARIANTS:
         pytest.skip(f"no converter for {variant}")
@@ -68,17 +70,22 @@ def test_architectures(tiny_checkpoint, checkpoints, tmp_path, relative_error, v
 
 
 @pytest.mark.usefixtures("on_this_device")
-def test_same_bits_at_every_ceiling(synthetic, device):
+def test_same_bits_at_every_ceiling(synthetic, monkeypatch):
+    monkeypatch.setattr("reference_engine.bundle_blocks.BLOCK_BYTES", 1 << 15)
     path = synthetic("plain", "f32")
     with Engine(path, EngineOptions(context_tokens=32, device="cuda", vram=ROOM)) as engine:
         floor = engine.plan.floor
         engine.load()
         expected = logits(engine)
-    with loaded(path, device="cuda", vram=floor) as engine:
-        assert not engine.plan.is_resident
-        assert np.array_equal(logits(engine), expected)
-        assert np.array_equal(logits(engine), expected)
-        assert engine.counters().bytes_read > 0
+    for ceiling in (floor, floor + (150 << 10)):
+        with loaded(path, device="cuda", vram=ceiling) as engine:
+            assert not engine.plan.is_resident
+            assert np.array_equal(logits(engine), expected)
+            broken_off = engine.stack._bundles.blocks(0, None)
+            next(broken_off)
+            broken_off.close()
+            assert np.array_equal(logits(engine), expected)
+            assert engine.counters().bytes_read > 0
     with pytest.raises(BudgetError, match="smallest"):
         Engine(path, EngineOptions(context_tokens=32, device="cuda", vram=floor - 1))
 
@@ -96,8 +103,9 @@ def cpu_and_device_traces(path, sparse, *, vram, **device_options):
             engine.load()
             engine.sparse.watch(records.append)
             values = logits(engine)
-            results.append((values, records, engine))
-    return results
+            results.append((values, records))
+            n_from_tier = getattr(engine.sparse, "n_from_tier", 0)
+    return *results, n_from_tier
 
 
 @pytest.mark.usefixtures("on_this_device")
@@ -110,18 +118,18 @@ def test_windows_and_logits_are_those_of_the_cpu(synthetic, relative_error, monk
     monkeypatch.setattr("reference_engine.sparse_plan.MIN_SLOTS", 100)
     with Engine(path, EngineOptions(context_tokens=32, device="cuda", vram=ROOM, sparse=sparse)) as probe:
         floor = probe.plan.floor
-    (expected, cpu, _), (actual, gpu, engine) = cpu_and_device_traces(path, sparse, vram=floor, host_memory=tier)
+    (expected, cpu), (actual, gpu), n_from_tier = cpu_and_device_traces(path, sparse, vram=floor, host_memory=tier)
     assert relative_error(actual, expected) <= 1e-4
-    assert engine.plan.capacities == (100, 100, 100)
+    n_saved = 0
     for one, other in zip(cpu, gpu, strict=True):
         for a, b in zip(one.layers, other.layers, strict=True):
             assert np.array_equal(a.active, b.active)
             assert a.figures.n_evicted == b.figures.n_evicted
             assert a.figures.n_hits == b.figures.n_hits
-            assert b.figures.n_missing <= a.figures.n_missing
-    totals = engine.sparse.totals
-    assert totals.total("n_missing") + engine.sparse.n_from_tier + totals.total("n_hits") == totals.total("n_active")
-    assert bool(engine.sparse.n_from_tier) == bool(tier)
+            n_saved += a.figures.n_missing - b.figures.n_missing
+    assert n_saved == n_from_tier
+    if tier != 1 << 16 or selector != "all":  # a scan of everything outruns a small tier
+        assert bool(n_from_tier) == bool(tier)
 
 
 @pytest.mark.usefixtures("on_this_device")
