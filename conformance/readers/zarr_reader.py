@@ -4,9 +4,10 @@ It shows that a Zarr library finds in a model what SPEC.md says is there. Every 
 a directory by `LocalStore`, from a single file by `ZipStore`, one neuron at a time out of the shards. Beyond that it
 knows the manifest (section 7), the encodings (section 9), and where payloads lie (section 4.2, through `zipfile`).
 
-It trusts documents that pass their checksum, so it claims no level at which every broken rule must be found. It does
-refuse versions and features it does not know, damaged documents, and data that breaks a rule of use: FF-TEN-3, FF-IDX,
-FF-ARR-12. It needs zarr-python and what that depends on, and imports nothing of flashfmt.
+It is no validator: it takes sound documents at their word. It refuses what a reader must look at to read at all, and
+claims these rules and no others: versions and features that it does not know, documents that are no JSON or fail their
+checksum, and shard indices that contradict the stride. A compressed tensor's stated size is compared before anything is
+decompressed (FF-TEN-3). It needs zarr-python and what that depends on, and imports nothing of flashfmt.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-import zarr
-from zarr.storage import LocalStore, ZipStore
 
 Json = dict[str, Any]
 
 REJECTED: Final = 65
+MAX_DOCUMENT_BYTES: Final = 1 << 20
+MAX_DEPTH: Final = 32
 
 CAPABILITIES: Final[Json] = {
     "name": "zarr-python",
@@ -41,6 +43,7 @@ CAPABILITIES: Final[Json] = {
     "containers": ["directory", "file"],
     "encodings": ["bf16", "f16", "f32", "q4", "q8", "u32", "u8"],
     "codecs": ["blosc", "raw", "zstd"],
+    "rules": ["FF-BND-7", "FF-IDX", "FF-JSON", "FF-LIM-3", "FF-LIM-4", "FF-SUM-1", "FF-SUM-2", "FF-VER"],
 }
 
 # Section 7: kind -> field -> (kind of its value[, default]). A kind in lower case is a plain value.
@@ -128,14 +131,23 @@ class Model:
     """An open model: its documents checked against their checksum, its arrays through zarr-python."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.container = "directory" if path.is_dir() else "file"
         self.extents = _files(path) if path.is_dir() else _entries(path)
-        store = LocalStore(path, read_only=True) if path.is_dir() else ZipStore(path, mode="r")
-        self.group = zarr.open_group(store, mode="r", zarr_format=3)
         texts = {key: extent.read() for key, extent in self.extents.items() if key.rpartition("/")[2] == "zarr.json"}
         self.manifest = _manifest(texts)
         documents = {key.removesuffix("/zarr.json"): _parsed(text) for key, text in texts.items() if key != "zarr.json"}
         self.arrays = {name: d for name, d in documents.items() if d["node_type"] == "array"}
+
+    @cached_property
+    def group(self) -> Any:
+        """The root group as zarr-python opens it. Imported here: describing a model needs no Zarr library."""
+        import zarr
+        from zarr.storage import LocalStore, ZipStore
+
+        in_folder = self.container == "directory"
+        store = LocalStore(self.path, read_only=True) if in_folder else ZipStore(self.path, mode="r")
+        return zarr.open_group(store, mode="r", zarr_format=3)
 
     def attributes(self, name: str) -> Json:
         """The object `flashfmt` of an array."""
@@ -276,6 +288,7 @@ def structure(request: Json) -> Json:
     bundles = []
     for layer in range(len(model.manifest["decoder"]["layers"])):
         name = f"layers/{layer}/ffn/bundles"
+        model.check_index(name)
         attributes, (key, extent) = model.attributes(name), model.extent(name)
         place = {"key": key, "nbytes": extent.nbytes, "offset": extent.offset}
         bundles.append({**{field: attributes[field] for field in geometry}, **place})
@@ -327,6 +340,7 @@ def _files(root: Path) -> dict[str, Extent]:
 
 
 def _entries(path: Path) -> dict[str, Extent]:
+    path.stat()  # a missing file is a failure, not a rejected model
     if not zipfile.is_zipfile(path):
         raise Rejected("FF-ZIP-2")
     extents = {}
@@ -340,25 +354,63 @@ def _entries(path: Path) -> dict[str, Extent]:
 
 
 def _parsed(text: bytes) -> Json:
-    """A document as section 5 asks for, as far as the standard library can tell."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> Json:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise Rejected("FF-JSON-3")
-        return dict(pairs)
-
-    def constant(_: str) -> NoReturn:
-        raise Rejected("FF-JSON-2")
-
+    """A document as section 5 asks for: FF-JSON, FF-LIM-3, FF-LIM-4."""
+    if len(text) > MAX_DOCUMENT_BYTES:
+        raise Rejected("FF-LIM-3")
     try:
-        document = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=constant)
+        decoded_text = text.decode()
     except UnicodeDecodeError:
         raise Rejected("FF-JSON-1") from None
+    if decoded_text.startswith("\ufeff"):
+        raise Rejected("FF-JSON-1")
+    try:
+        document = json.loads(
+            decoded_text,
+            object_pairs_hook=_unique,
+            parse_constant=_constant,
+            parse_int=_integer,
+            parse_float=_finite,
+        )
+    except RecursionError:
+        raise Rejected("FF-LIM-4") from None
     except ValueError:
         raise Rejected("FF-JSON-2") from None
+    _check_strings_and_depth(document, 1)
     if not isinstance(document, dict):
         raise Rejected("FF-JSON-5")
     return document
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Json:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise Rejected("FF-JSON-3")
+    return dict(pairs)
+
+
+def _constant(_: str) -> NoReturn:
+    raise Rejected("FF-JSON-2")
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
+        raise Rejected("FF-JSON-4")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise Rejected("FF-JSON-4")
+    return float(text)
+
+
+def _check_strings_and_depth(value: Any, depth: int) -> None:
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise Rejected("FF-JSON-6")
+    if isinstance(value, dict | list):
+        if depth > MAX_DEPTH:
+            raise Rejected("FF-LIM-4")
+        for member in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_strings_and_depth(member, depth + 1)
 
 
 def _manifest(texts: dict[str, bytes]) -> Json:
@@ -388,7 +440,6 @@ def _manifest(texts: dict[str, bytes]) -> Json:
 
 def _chosen(model: Model, layer: int, neuron: int) -> Json:
     name = f"layers/{layer}/ffn/bundles"
-    model.check_index(name)
     attributes, (_, extent) = model.attributes(name), model.extent(name)
     start, nbytes = neuron * attributes["stride"], attributes["row_nbytes"]
     digest = hashlib.sha256(extent.read(start, nbytes)).hexdigest()
