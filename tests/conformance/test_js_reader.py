@@ -37,7 +37,8 @@ def reader(tmp_path_factory):
     except subprocess.TimeoutExpired:
         pytest.skip("npm did not install zarrita in time: no package registry?")
     if done.returncode != 0:
-        pytest.skip(f"npm cannot install zarrita: {done.stderr.strip()[:200]}")
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+        pytest.skip(f"npm cannot install zarrita: {reason}")
     return target / "flash_reader.mjs"
 
 
