@@ -151,20 +151,9 @@ def test_host_slots_are_checked(backend, source, on_device):
      (70, 0, 2, 1, 80, None), (3, 140, 3, 3, 128, 1)],
 )  # fmt: skip
 def test_attention(
-    backend,
-    device,
-    oracle,
-    source,
-    on_device,
-    relative_error,
-    dtype,
-    n_tokens,
-    n_past,
-    n_heads,
-    n_kv_heads,
-    width,
+    backend, device, oracle, source, on_device, relative_error, dtype, n_tokens, n_past, n_heads, n_kv_heads, width,
     window,
-):
+):  # fmt: skip
     q = 2 * source.normal(n_tokens, n_heads, width)
     cache = [source.normal(n_kv_heads, n_past + n_tokens + 5, width).astype(dtype) for _ in range(2)]
     for array in cache:
