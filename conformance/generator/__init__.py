@@ -1,0 +1,1 @@
+"""Builds the suite's models byte by byte from SPEC.md. Imports nothing of the implementations it tests."""
