@@ -18,7 +18,7 @@ bool is_packed(Encoding encoding)
     return encoding == Q8 || encoding == Q4;
 }
 
-static uint64_t round_up(uint64_t value, uint64_t multiple)
+uint64_t round_up(uint64_t value, uint64_t multiple)
 {
     return (value + multiple - 1) / multiple * multiple;
 }

@@ -42,11 +42,6 @@ static uint32_t widened(uint32_t half)
     return sign | exponent << 23 | (fraction & 0x3ff) << 13;
 }
 
-static uint64_t round_up_64(uint64_t value)
-{
-    return (value + 63) / 64 * 64;
-}
-
 /* Weight j of a row: the bits of a binary32, or an integer. */
 static uint32_t decoded(const Rows *rows, const uint8_t *row, uint64_t j)
 {
@@ -61,7 +56,7 @@ static uint32_t decoded(const Rows *rows, const uint8_t *row, uint64_t j)
     }
     case Q4: {
         float scale = float_of(widened((uint32_t)little_endian(row + 2 * (j / 32), 2)));
-        uint8_t byte = row[round_up_64(rows->n_weights / 16) + j / 64 * 32 + j % 32];
+        uint8_t byte = row[round_up(rows->n_weights / 16, 64) + j / 64 * 32 + j % 32];
         return bits_of(scale * (float)((j % 64 < 32 ? byte & 15 : byte >> 4) - 8));
     }
     case U8:
@@ -110,7 +105,7 @@ static bool is_zero(const uint8_t *data, uint64_t nbytes)
 /* Finite weights and zero padding. A scale that is not finite makes no weight finite. */
 static void verify_rows(const Rows *rows)
 {
-    uint64_t n = rows->n_weights, values = round_up_64(n / 16);
+    uint64_t n = rows->n_weights, values = round_up(n / 16, 64);
     for (uint64_t i = 0; i < rows->n_rows; i++) {
         const uint8_t *row = rows->data + i * rows->row_nbytes;
         for (uint64_t j = 0; j < n && ENCODINGS[rows->encoding].holds_weights; j++)

@@ -36,7 +36,7 @@ static inline void require(bool holds, const char *rule)
 /* ---- memory: a stack of blocks and mappings ---- */
 
 void *take(size_t nbytes); /* zeroed; gives up where there is no memory */
-/* Read-only; the file must be regular and have exactly `nbytes`. */
+/* Read-only; the file must be regular and have exactly `nbytes`. Map only files that nobody truncates meanwhile. */
 const uint8_t *map_file(const char *path, uint64_t nbytes, bool follow_link);
 void *mark(void);
 void release(void *mark); /* frees what was taken or mapped since */
@@ -122,6 +122,7 @@ typedef struct {
 } EncodingInfo;
 
 extern const EncodingInfo ENCODINGS[N_ENCODINGS];
+uint64_t round_up(uint64_t value, uint64_t multiple);
 bool is_packed(Encoding encoding); /* q8, q4 */
 uint64_t encoded_nbytes(Encoding encoding, uint64_t n_weights);
 
