@@ -157,7 +157,7 @@ static void call_for_ends(Model *model)
 static void call_for_projection(Model *model, const char *prefix, const char *name, bool bias, uint64_t rows,
                                 uint64_t columns)
 {
-    char full[64];
+    char full[128];
     snprintf(full, sizeof full, "%s%s", prefix, name);
     call_for(model, MATRIX, full, "/weight", rows, columns);
     if (bias)
