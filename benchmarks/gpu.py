@@ -45,10 +45,12 @@ from reference_engine.neuron_window import parse_window
 from reference_engine.residents import EMBEDDING, ResidentTable
 from reference_engine.selectors import TappedSelector, Trace, parse_selector
 from reference_engine.sparse_mode import SparseOptions
+from reference_engine.sparse_plan import SparsePlan
 from reference_engine.synthetic import SHAPES, Shape, write_synthetic
 
 ROOT = Path(__file__).parents[1]
 WIDTH, D_FF, N_ACTIVE = 4096, 16384, 1638
+COPY_BYTES, ROW_BYTES = 1 << 30, 16384
 WORKING_SET_BYTES = 1 << 29  # well above any cache
 UNIQUE_ROWS = 2048
 CONTEXT = 512
@@ -93,10 +95,10 @@ def median_seconds(call: Callable[[int], object], repeats: int = 30) -> float:
 
 def bandwidths(device: CupyDevice) -> Figures:
     """Bytes a second: a device copy counting bytes read and written, and copies from page-locked memory."""
-    words = cupy.arange(1 << 27, dtype=cupy.int64)
+    words = cupy.arange(COPY_BYTES // 8, dtype=np.int64)
     target = cupy.empty_like(words)
     copy = median_seconds(lambda _: cupy.copyto(target, words), 15)
-    host = device.pinned(256 << 20)
+    host = device.pinned(COPY_BYTES // 4)
     host[:] = 7
     landing = device.empty((host.nbytes,), np.uint8)
 
@@ -104,12 +106,12 @@ def bandwidths(device: CupyDevice) -> Figures:
         device.copy_in(landing, host)
         device.wait("compute", device.record("copy"))
 
-    slots = cupy.asarray(np.random.default_rng(0).permutation(16384).astype(np.int32))
-    stride, rows = np.int64(16384), landing.reshape(-1, 16384)
+    slots = cupy.asarray(np.random.default_rng(0).permutation(host.nbytes // ROW_BYTES).astype(np.int32))
+    stride, rows = np.int64(ROW_BYTES), landing.reshape(-1, ROW_BYTES)
 
     def gather(_: int) -> None:
-        arguments = (host.reshape(-1, 16384), slots, rows, None, stride, stride)
-        device.launch("move_rows", (16384, 1, 1), 128, *arguments, queue="compute")
+        arguments = (host.reshape(-1, ROW_BYTES), slots, rows, None, stride, stride)
+        device.launch("move_rows", (len(rows), 1, 1), 128, *arguments, queue="compute")
 
     return {
         "device_copy": 2 * words.nbytes / copy,
@@ -257,6 +259,8 @@ def measure_sparse(path: Path, vram: int, host_memory: int) -> Figures:
         options = DeviceOptions(vram, host_memory, None, CONTEXT, PREFILL_TOKENS, "f16", "never", sparse)
         placement = DevicePlacement(model, device, options)
         plan = placement.plan(0)
+        if not isinstance(plan, SparsePlan):
+            raise TypeError("a plan for a selector is a plan of slots")
         device.limit(plan.ceiling - CONTEXT_NBYTES)
         backend, decoder = placement.backend, model.decoder
         residents = DeviceResidents(model, backend, verify=False)
@@ -328,7 +332,7 @@ def measure_torch(shape: Shape) -> Figures | None:
     if not torch.cuda.is_available():
         return None
     d, n, heads = shape.d_model, shape.n_layers, shape.n_heads
-    kind = {"dtype": torch.float16, "device": "cuda"}
+    kind: Any = {"dtype": torch.float16, "device": "cuda"}
     layers = [
         {
             "qkv": torch.randn(3 * d, d, **kind) / 64,

@@ -116,8 +116,12 @@ class CupyDevice:
         function = self._kernels.get(kernel)
         if function is None:
             function = self._kernels[kernel] = self._module.get_function(kernel)
+        values = tuple(map(_argument, arguments))
+        if queue == "compute":  # the current stream, unless told otherwise
+            function(grid, (n_threads, 1, 1), values)
+            return
         with self._streams[queue]:
-            function(grid, (n_threads, 1, 1), tuple(map(_argument, arguments)))
+            function(grid, (n_threads, 1, 1), values)
 
     def record(self, queue: Queue) -> Event:
         """See `Device.record`."""
