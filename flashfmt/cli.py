@@ -1,4 +1,4 @@
-"""The command `flashfmt`: convert, inspect, verify, diff, pack, unpack; further verbs come from entry points.
+"""The command `flashfmt`: convert, inspect, verify, diff, pack, unpack, conformance; entry points add further verbs.
 
 Answers go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed or different, 2 wrong usage,
 3 damaged or malformed file, 4 unsupported version, 130 interrupted.
@@ -220,6 +220,29 @@ def unpack(source: Path, target: Path, overwrite: bool, quiet: bool) -> None:
     from flashfmt.pack import unpack as perform
 
     _copy(perform, source, target, overwrite, quiet)
+
+
+@cli.command(short_help="Run a reader against the conformance suite.")
+@click.argument("command", nargs=-1, required=True)
+@click.option("--only", multiple=True, metavar="PATTERN", help="Cases whose id, level or rule matches.")
+@click.option("--jobs", type=click.IntRange(1), help="Readers at once. [default: one a processor]")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds a reader has for a case.")
+@click.option("--suite", type=_model, help="Folder of the suite. [default: the checkout's]")
+@_json
+def conformance(
+    command: tuple[str, ...],
+    only: tuple[str, ...],
+    jobs: int | None,
+    timeout: float | None,
+    suite: Path | None,
+    as_json: bool,
+) -> None:
+    """Put the cases of the conformance suite to a reader in any language: `flashfmt conformance -- COMMAND ...`."""
+    from flashfmt.conformance import run_suite
+
+    options = [f"--only={pattern}" for pattern in only] + ["--json"] * as_json
+    options += [f"--jobs={jobs}"] * (jobs is not None) + [f"--timeout={timeout}"] * (timeout is not None)
+    click.get_current_context().exit(run_suite(command, options, suite))
 
 
 def _copy(perform: Callable[..., None], source: Path, target: Path, overwrite: bool, quiet: bool) -> None:
