@@ -8,7 +8,7 @@ Knows: which blocks are pinned or streamed. Does not know: arithmetic.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,8 @@ class DeviceExactBundles:
         self._is_pinned = dict(zip(self._blocks, pinned_blocks, strict=True))
         self._streamed = [block for block in self._blocks if not self._is_pinned[block]]
         self._is_verified: set[Block] = set()
-        self._pinned: dict[Block, DeviceArray] = {}
+        self._runs = [_runs_of(info.layer, self._blocks, self._is_pinned) for info in model.layers]
+        self._pinned: dict[Block, DeviceArray] = {}  # rows of a pinned run, by its first block
         self._under_way: deque[tuple[int, Arriving]] = deque()  # places in `_streamed`
         self._ring = LandingRing(device, RING_SLOTS, max(block.nbytes for block in self._blocks))
         self._readers = {path: open_reader(path) for path in {info.extent.path for info in model.layers}}
@@ -62,25 +63,28 @@ class DeviceExactBundles:
         ------
         FlashReadError, ChecksumError
         """
-        wanted = [block for block in self._blocks if self._is_pinned[block]]
+        pinned = [run for runs in self._runs for run in runs if self._is_pinned[run[0]]]
+        wanted = [block for run in pinned for block in run]
         arena = self._device.empty((sum(block.nbytes for block in wanted),), np.uint8)
         start = 0
-        ahead: deque[tuple[Block, Arriving]] = deque()
+        for run in pinned:
+            nbytes = sum(block.nbytes for block in run)
+            n_neurons = sum(block.n_neurons for block in run)
+            self._pinned[run[0]] = arena[start : start + nbytes].reshape(n_neurons, -1)
+            start += nbytes
+        start = 0
+        ahead: deque[Arriving] = deque()
         for i, block in enumerate(wanted):
             while self._ring.has_room and i + len(ahead) < len(wanted):
-                following = wanted[i + len(ahead)]
-                ahead.append((following, self._begin(following)))
-            _, arriving = ahead.popleft()
-            place = arena[start : start + block.nbytes]
-            start += block.nbytes
+                ahead.append(self._begin(wanted[i + len(ahead)]))
+            arriving = ahead.popleft()
             try:
                 self._receive(block, arriving)
-                self._device.copy_in(place, arriving.data)
+                self._device.copy_in(arena[start : start + block.nbytes], arriving.data)
             finally:
-                done = self._device.record("copy")
-                self._device.synchronize(done)
+                self._device.synchronize(self._device.record("copy"))
                 self._ring.release(arriving)
-            self._pinned[block] = place.reshape(block.n_neurons, -1)
+            start += block.nbytes
             if progress is not None:
                 progress(block.nbytes)
         self._refill(0)
@@ -98,10 +102,9 @@ class DeviceExactBundles:
         """
         if layer == 0 and self._under_way and self._under_way[0][0] != 0:
             self._rewind()
-        for block in self._blocks:
-            if block.layer != layer:
-                continue
-            neurons = slice(block.first, block.first + block.n_neurons)
+        for run in self._runs[layer]:
+            block = run[0]
+            neurons = slice(block.first, run[-1].first + run[-1].n_neurons)
             if self._is_pinned[block]:
                 yield BundleBlock(neurons, self._pinned[block])
                 continue
@@ -158,3 +161,14 @@ class DeviceExactBundles:
         neurons = range(block.first, block.first + block.n_neurons)
         require_checksums(info, neurons, rows, self._model.bundles(block.layer).checksums)
         self._is_verified.add(block)
+
+
+def _runs_of(layer: int, blocks: Sequence[Block], is_pinned: Mapping[Block, bool]) -> list[list[Block]]:
+    """Blocks of a layer; neighbours that are pinned together, as every call costs the device some launches."""
+    runs: list[list[Block]] = []
+    for block in (block for block in blocks if block.layer == layer):
+        if runs and is_pinned[block] and is_pinned[runs[-1][0]]:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return runs

@@ -134,8 +134,8 @@ class DevicePlacement:
             fixed = FixedParts(CONTEXT_NBYTES, residents, kv_cache, scratch, selectors)
             return plan_sparse_mode(model, fixed, ceiling, options.context_tokens)
         blocks = model_blocks(model)
-        block_neurons = max(block.n_neurons for block in blocks)
-        scratch = _scratch_nbytes(model.decoder, n_tokens, options.context_tokens, block_neurons)
+        d_ff = model.decoder.ffn.d_ff  # pinned neighbours are computed together
+        scratch = _scratch_nbytes(model.decoder, n_tokens, options.context_tokens, d_ff)
         fixed = FixedParts(CONTEXT_NBYTES, residents, kv_cache, scratch + self._landing_nbytes())
         return plan_memory(fixed, blocks, ceiling, options.context_tokens)
 
