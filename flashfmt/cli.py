@@ -231,6 +231,7 @@ def unpack(source: Path, target: Path, overwrite: bool, quiet: bool) -> None:
 @_json
 def conformance(
     command: tuple[str, ...],
+    *,
     only: tuple[str, ...],
     jobs: int | None,
     timeout: float | None,
