@@ -82,6 +82,7 @@ def _ends() -> Iterator[Fault]:
         lambda z: z.end64.update(size=48),
     )  # fmt: skip
     yield in_zip("two-disks", "FF-ZIP-3", "the locator counts two disks", lambda z: z.locator.update(disks=2))
+    yield in_zip("end-made-by-dos", "FF-ZIP-3", "the end record is made by DOS", lambda z: z.end64.update(made_by=45))
     yield in_zip(
         "end-version-20", "FF-ZIP-3", "the ZIP64 end record needs version 20", lambda z: z.end64.update(needed=20)
     )
@@ -126,6 +127,12 @@ def _central() -> Iterator[Fault]:
     yield in_zip("data-descriptor", rule, "an entry announces a data descriptor", _both(flags=0x0808))
     yield in_zip("flags-zero", rule, "an entry lacks the UTF-8 flag", _both(flags=0))
     yield in_zip("entry-version-20", rule, "an entry needs version 20", _both(needed=20))
+    for name, description, fields in (
+        ("entry-made-by-dos", "an entry is made by DOS", {"made_by": 45}),
+        ("entry-internal-attributes", "an entry is said to be text", {"internal": 1}),
+        ("entry-executable", "an entry is an executable file", {"external": 0o100755 << 16}),
+    ):
+        yield in_zip(name, rule, description, lambda z, fields=fields: z.entries[1].central.update(fields))
     yield in_zip("entry-time", rule, "an entry has a time of day", _both(time=0x6000))
     yield in_zip("entry-date", rule, "an entry is of 2024", _both(date=0x5821))
     yield in_zip("directory-entry", rule, "an entry has the DOS attribute of a directory", _central_only(external=0x10))

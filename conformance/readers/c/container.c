@@ -79,7 +79,7 @@ static Directory read_end(const uint8_t *file, uint64_t nbytes)
     require(little_endian(end, 4) == 0x06054b50 && little_endian(end + 20, 2) == 0, "FF-ZIP-2");
 
     Directory directory = {little_endian(end64 + 32, 8), little_endian(end64 + 40, 8), little_endian(end64 + 48, 8)};
-    require(little_endian(end64 + 14, 2) == 45, "FF-ZIP-3");
+    require(little_endian(end64 + 12, 2) == 0x032d && little_endian(end64 + 14, 2) == 45, "FF-ZIP-3");
     require(little_endian(end64 + 16, 8) == 0 && little_endian(end64 + 24, 8) == directory.n_entries, "FF-ZIP-3");
     require(little_endian(locator + 4, 4) == 0 && little_endian(locator + 16, 4) == 1, "FF-ZIP-3");
     require(little_endian(end + 4, 4) == 0, "FF-ZIP-3");
@@ -102,12 +102,12 @@ static uint64_t read_central(Entry *entry, const uint8_t *central, uint64_t n_le
     require(nbytes <= n_left, "FF-ZIP-4");
     const uint8_t *extra = central + 46 + n_name;
 
-    require(little_endian(central + 6, 2) == 45 && little_endian(central + 8, 2) == 0x0800, "FF-ZIP-5");
+    require(little_endian(central + 4, 2) == 0x032d && little_endian(central + 6, 2) == 45, "FF-ZIP-5");
+    require(little_endian(central + 8, 2) == 0x0800, "FF-ZIP-5");
     require(little_endian(central + 10, 2) == 0, "FF-ZIP-5");
     require(little_endian(central + 12, 2) == 0 && little_endian(central + 14, 2) == 0x0021, "FF-ZIP-5");
     require(n_comment == 0 && little_endian(central + 34, 2) == 0, "FF-ZIP-5");
-    uint64_t attributes = little_endian(central + 38, 4), type = attributes >> 28;
-    require((attributes & 0x10) == 0 && (type == 0 || type == 8), "FF-ZIP-5");
+    require(little_endian(central + 36, 2) == 0 && little_endian(central + 38, 4) == 0x81a40000, "FF-ZIP-5");
 
     require(little_endian(central + 20, 8) == UINT64_MAX && little_endian(central + 42, 4) == UINT32_MAX, "FF-ZIP-6");
     require(n_extra == 28 && little_endian(extra, 2) == 1 && little_endian(extra + 2, 2) == 24, "FF-ZIP-6");
