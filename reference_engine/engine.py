@@ -173,6 +173,7 @@ class Engine:
         self._stack: DecoderStack | None = None
         self._kv_cache: KvCache | None = None
         self._session: Session | None = None
+        self._flash_table: FlashTable | None = None
         try:
             self.context_tokens = self._choose_context()
             self._placement = self._place()
@@ -240,11 +241,9 @@ class Engine:
             load_residents(self.model, verify=self.options.verify != "never", progress=progress),
         )
         self._bundles = self._load_bundles(progress)
-        tokens = (
-            FlashTable(self.model.tensors[EMBEDDING], self._backend)
-            if stays_on_flash(self.model)
-            else ResidentTable(residents.matrix(EMBEDDING), self._backend)
-        )
+        if stays_on_flash(self.model):
+            self._flash_table = FlashTable(self.model.tensors[EMBEDDING], self._backend)
+        tokens = self._flash_table or ResidentTable(residents.matrix(EMBEDDING), self._backend)
         self._kv_cache = KvCache(self.model.decoder, self.context_tokens, self.options.kv_type)
         self._stack = DecoderStack(
             decoder=self.model.decoder,
@@ -270,13 +269,15 @@ class Engine:
 
     def counters(self) -> IoCounters:
         """What reading has cost since the engine was built."""
-        return self._bundles.counters if self._bundles is not None else IoCounters()
+        sources = [source for source in (self._bundles, self._flash_table) if source is not None]
+        return sum((source.counters for source in sources), IoCounters())
 
     def close(self) -> None:
         """Stop reading, release memory and files."""
-        if self._bundles is not None:
-            self._bundles.close()
-        self._bundles = self._stack = self._kv_cache = self._session = None
+        for source in (self._bundles, self._flash_table):
+            if source is not None:
+                source.close()
+        self._flash_table = self._bundles = self._stack = self._kv_cache = self._session = None
         self.model.close()
 
     def __enter__(self) -> Self:

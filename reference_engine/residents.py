@@ -38,7 +38,10 @@ class ResidentTable:
 
 
 class FlashTable:
-    """A table left on flash: each lookup reads the rows it needs."""
+    """A table left on flash: each lookup reads the rows it needs.
+
+    Rows are not checked: the tensor has one checksum for all of them, which `flashfmt verify` compares.
+    """
 
     def __init__(self, info: TensorInfo, backend: Backend) -> None:
         self._info = info
@@ -60,6 +63,10 @@ class FlashTable:
     def counters(self) -> IoCounters:
         """What looking up has read from flash."""
         return self._file.counters
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def stays_on_flash(model: FlashModel) -> bool:

@@ -18,6 +18,13 @@ class IoCounters:
     n_requests: int = 0
     wait_seconds: float = 0.0
 
+    def __add__(self, other: IoCounters) -> IoCounters:
+        return IoCounters(
+            self.bytes_read + other.bytes_read,
+            self.n_requests + other.n_requests,
+            self.wait_seconds + other.wait_seconds,
+        )
+
     def __sub__(self, earlier: IoCounters) -> IoCounters:
         return IoCounters(
             self.bytes_read - earlier.bytes_read,
@@ -41,7 +48,4 @@ class IoTally:
     def add(self, *, bytes_read: int = 0, n_requests: int = 0, wait_seconds: float = 0.0) -> None:
         """Add to the sum."""
         with self._lock:
-            total = self._total
-            self._total = IoCounters(
-                total.bytes_read + bytes_read, total.n_requests + n_requests, total.wait_seconds + wait_seconds
-            )
+            self._total += IoCounters(bytes_read, n_requests, wait_seconds)

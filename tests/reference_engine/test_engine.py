@@ -122,3 +122,14 @@ def test_loading_reports_the_bytes_it_announced(synthetic):
         seen = []
         loaded.load(seen.append)
         assert abs(sum(seen) - loaded.load_nbytes) <= 4096 * len(seen)
+
+
+def test_reading_embedding_rows_is_counted(synthetic):
+    with Engine(synthetic("gated"), EngineOptions(memory=8 << 30)) as loaded:
+        loaded.load()
+        assert loaded.plan.is_resident
+        before = loaded.counters()
+        loaded.start().feed(PROMPT)
+        cost = loaded.counters() - before
+        assert cost.n_requests == len(set(PROMPT))
+        assert cost.bytes_read > 0
