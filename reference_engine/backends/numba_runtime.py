@@ -31,7 +31,7 @@ import numba
 config: Any = numba.config  # its settings are made at run time
 
 _COMPLETE = "complete"
-_SPIN_COUNT = "2000"
+_SPIN_COUNT = "5000"
 
 
 def usable_cores() -> int:
@@ -82,7 +82,7 @@ def choose_threading_layer() -> None:
     """Have numba use OpenMP if it can be loaded, else its own queue; `NUMBA_THREADING_LAYER` has precedence.
 
     GNU's OpenMP threads spin for milliseconds before they sleep. Where other threads want the cores, those that read
-    from flash among them, that makes calls several times slower; 0.1 ms still bridges the gap between two calls. So
+    from flash among them, that makes calls several times slower; a fraction of a millisecond still bridges the gap between two calls. So
     `GOMP_SPINCOUNT` is set for this process, unless the environment already says how to wait. Without effect once
     numba's threads have started.
     """
