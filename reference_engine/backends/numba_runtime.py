@@ -82,9 +82,9 @@ def choose_threading_layer() -> None:
     """Have numba use OpenMP if it can be loaded, else its own queue; `NUMBA_THREADING_LAYER` has precedence.
 
     GNU's OpenMP threads spin for milliseconds before they sleep. Where other threads want the cores, those that read
-    from flash among them, that makes calls several times slower; a fraction of a millisecond still bridges the gap between two calls. So
-    `GOMP_SPINCOUNT` is set for this process, unless the environment already says how to wait. Without effect once
-    numba's threads have started.
+    from flash among them, that makes calls several times slower; a fraction of a millisecond still bridges the gap
+    between two calls. So `GOMP_SPINCOUNT` is set for this process, unless the environment already says how to wait.
+    Without effect once numba's threads have started.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
