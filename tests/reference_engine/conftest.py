@@ -1,5 +1,9 @@
 """Small synthetic models, converted tiny checkpoints and texts for the engine's tests."""
 
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -53,3 +57,28 @@ def write_text(tmp_path_factory):
         return path
 
     return write
+
+
+@contextmanager
+def limited_memory(limit):
+    """A command prefix that runs a program in a memory cgroup of its own, with swap counted where it can be."""
+    root = Path("/sys/fs/cgroup")
+    v1 = (root / "memory").is_dir()
+    group = (root / "memory" if v1 else root) / f"flashfmt-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit))
+    except OSError as error:
+        if group.is_dir():
+            group.rmdir()
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    try:
+        yield ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh"], group
+    finally:
+        group.rmdir()
+
+
+@pytest.fixture
+def memory_cgroup():
+    """A context manager (limit) -> (command prefix, the cgroup); skips the test where no memory cgroup can be made."""
+    return limited_memory

@@ -1,11 +1,8 @@
 """The ceiling holds for the whole process, measured from outside: resident size, and a memory cgroup around it."""
 
 import json
-import os
 import subprocess
 import sys
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -72,26 +69,7 @@ def test_resident_size_stays_below_the_ceiling(opt_125m):
     check_budgets(opt_125m, 128, (0.0, 0.2, 1.0))
 
 
-@contextmanager
-def memory_cgroup(limit):
-    """A command prefix that runs a program in a memory cgroup of its own, with swap counted where it can be."""
-    root = Path("/sys/fs/cgroup")
-    v1 = (root / "memory").is_dir()
-    group = (root / "memory" if v1 else root) / f"flashfmt-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit))
-    except OSError as error:
-        if group.is_dir():
-            group.rmdir()
-        pytest.skip(f"no memory cgroup can be made here: {error}")
-    try:
-        yield ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh"], group
-    finally:
-        group.rmdir()
-
-
-def test_a_cgroup_of_the_ceiling_is_never_exceeded(opt_125m):
+def test_a_cgroup_of_the_ceiling_is_never_exceeded(opt_125m, memory_cgroup):
     floor = child(opt_125m, 1 << 40, 128, "plan")["floor"]
     memory = floor + 16 * MIB
     with memory_cgroup(memory) as (prefix, group):

@@ -1,11 +1,8 @@
 """Sparse mode keeps below its ceiling as a whole process, from the floor on, and in a memory cgroup of that size."""
 
 import json
-import os
 import subprocess
 import sys
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -68,26 +65,7 @@ def test_resident_size_stays_below_the_ceiling(opt_125m, selector, window):
     assert missing[0] > missing[1] > missing[2] > 0
 
 
-@contextmanager
-def memory_cgroup(limit):
-    """A command prefix that runs a program in a memory cgroup of its own."""
-    root = Path("/sys/fs/cgroup")
-    v1 = (root / "memory").is_dir()
-    group = (root / "memory" if v1 else root) / f"flashfmt-sparse-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit))
-    except OSError as error:
-        if group.is_dir():
-            group.rmdir()
-        pytest.skip(f"no memory cgroup can be made here: {error}")
-    try:
-        yield ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh"], group
-    finally:
-        group.rmdir()
-
-
-def test_a_cgroup_of_the_ceiling_is_never_exceeded(opt_125m):
+def test_a_cgroup_of_the_ceiling_is_never_exceeded(opt_125m, memory_cgroup):
     memory = child(opt_125m, 1 << 40, "plan", "lowbit:q4")["floor"] + 16 * MIB
     with memory_cgroup(memory) as (prefix, group):
         assert child(opt_125m, memory, "run", "lowbit:q4", prefix=prefix)["missing"] > 0
