@@ -50,15 +50,15 @@ ALL_ONES_32: Final = 0xFFFFFFFF
 MADE_BY: Final = 0x032D  # Unix, version 4.5
 FILE_ATTRIBUTES: Final = 0o100644 << 16
 
-_LOCAL: Final = Struct("<IHHHHHIIIHH")
-_LOCAL_ZIP64: Final = Struct("<HHQQ")
-_ALIGNMENT: Final = Struct("<HHH")
-_CENTRAL: Final = Struct("<IHHHHHHIIIHHHHHII")
-_CENTRAL_ZIP64: Final = Struct("<HHQQQ")
-_END64: Final = Struct("<IQHHIIQQQQ")
-_LOCATOR: Final = Struct("<IIQI")
-_END: Final = Struct("<IHHHHIIH")
-_TAIL_NBYTES: Final = _END64.size + _LOCATOR.size + _END.size
+LOCAL_RECORD: Final = Struct("<IHHHHHIIIHH")
+LOCAL_ZIP64_RECORD: Final = Struct("<HHQQ")
+ALIGNMENT_RECORD: Final = Struct("<HHH")
+CENTRAL_RECORD: Final = Struct("<IHHHHHHIIIHHHHHII")
+CENTRAL_ZIP64_RECORD: Final = Struct("<HHQQQ")
+END64_RECORD: Final = Struct("<IQHHIIQQQQ")
+LOCATOR_RECORD: Final = Struct("<IIQI")
+END_RECORD: Final = Struct("<IHHHHIIH")
+_TAIL_NBYTES: Final = END64_RECORD.size + LOCATOR_RECORD.size + END_RECORD.size
 # Versions made by and needed, flags, method, time, date; then comment size, disk, internal and external attributes.
 _PLAIN_ENTRY: Final = (MADE_BY, VERSION_NEEDED, UTF8_FLAG, 0, 0, DOS_DATE, 0, 0, 0, FILE_ATTRIBUTES)
 # Versions made by and needed, four disk numbers with the number of disks between them.
@@ -179,16 +179,16 @@ class _Parser:
                 "FF-ZIP-2", self.nbytes, "the file is cut short", f"{_TAIL_NBYTES} bytes of end records", self.nbytes
             )
         tail = self._read(at, _TAIL_NBYTES)
-        end64 = _END64.unpack_from(tail)
-        locator = _LOCATOR.unpack_from(tail, _END64.size)
-        end = _END.unpack_from(tail, _END64.size + _LOCATOR.size)
+        end64 = END64_RECORD.unpack_from(tail)
+        locator = LOCATOR_RECORD.unpack_from(tail, END64_RECORD.size)
+        end = END_RECORD.unpack_from(tail, END64_RECORD.size + LOCATOR_RECORD.size)
         if end[0] != END_SIGNATURE or end[7] != 0:
             message = "no end record: the file is cut short, has bytes after its end, or is not a flash model"
-            raise FlashFormatError(message, path=self.path, rule="FF-ZIP-2", where=self.nbytes - _END.size)
+            raise FlashFormatError(message, path=self.path, rule="FF-ZIP-2", where=self.nbytes - END_RECORD.size)
         if locator[0] != LOCATOR_SIGNATURE or end64[0] != END64_SIGNATURE:
             message = "a ZIP archive without ZIP64 end records is not a flash model"
             raise FlashFormatError(message, path=self.path, rule="FF-ZIP-2", where=at)
-        if end64[1] != _END64.size - 12 or locator[2] != at:
+        if end64[1] != END64_RECORD.size - 12 or locator[2] != at:
             self._fail("FF-ZIP-2", at, "the ZIP64 end record is not where the locator says", at, locator[2])
         found = (*end64[2:6], locator[1], locator[3], end[1], end[2])
         if found != _PLAIN_END:
@@ -209,14 +209,14 @@ class _Parser:
 
     def _central_directory(self, n_entries: int, start: int, stop: int) -> Iterator[_Entry]:
         directory = self._read(start, stop - start)
-        fixed = _CENTRAL.size
+        fixed = CENTRAL_RECORD.size
         names: set[bytes] = set()
         position = 0
         for _ in range(n_entries):
             at = start + position
             if position + fixed > len(directory):
                 self._fail("FF-ZIP-4", at, "the central directory is cut short", f"{n_entries} entries", len(names))
-            record = _CENTRAL.unpack_from(directory, position)
+            record = CENTRAL_RECORD.unpack_from(directory, position)
             signature, *form, crc32, packed, size, n_name, n_extra, n_comment, disk, internal, external, offset = record
             if signature != CENTRAL_SIGNATURE or position + fixed + n_name + n_extra + n_comment > len(directory):
                 self._fail("FF-ZIP-4", at, "no central directory entry here", f"{n_entries} entries", len(names))
@@ -225,12 +225,16 @@ class _Parser:
                 self._fail("FF-ZIP-5", at, "an entry is not plainly stored", _PLAIN_ENTRY, found)
             name = directory[position + fixed : position + fixed + n_name]
             extra = directory[position + fixed + n_name : position + fixed + n_name + n_extra]
-            if n_extra != _CENTRAL_ZIP64.size or (packed, size, offset) != (ALL_ONES_32,) * 3:
+            if n_extra != CENTRAL_ZIP64_RECORD.size or (packed, size, offset) != (ALL_ONES_32,) * 3:
                 self._fail(
-                    "FF-ZIP-6", at, "sizes and offset are not in a ZIP64 field alone", _CENTRAL_ZIP64.size, n_extra
+                    "FF-ZIP-6",
+                    at,
+                    "sizes and offset are not in a ZIP64 field alone",
+                    CENTRAL_ZIP64_RECORD.size,
+                    n_extra,
                 )
-            field, field_nbytes, nbytes, packed_nbytes, local = _CENTRAL_ZIP64.unpack(extra)
-            if (field, field_nbytes) != (ZIP64_FIELD, _CENTRAL_ZIP64.size - 4):
+            field, field_nbytes, nbytes, packed_nbytes, local = CENTRAL_ZIP64_RECORD.unpack(extra)
+            if (field, field_nbytes) != (ZIP64_FIELD, CENTRAL_ZIP64_RECORD.size - 4):
                 self._fail(
                     "FF-ZIP-6", at, "sizes and offset are not in a ZIP64 field alone", (1, 24), (field, field_nbytes)
                 )
@@ -263,21 +267,21 @@ class _Parser:
     def _check_local_header(self, entry: _Entry, offset: int) -> None:
         """Check the local header of an entry whose payload begins at `offset`."""
         n_header = offset - entry.offset
-        n_extra = n_header - _LOCAL.size - len(entry.name)
-        if not _LOCAL_ZIP64.size + _ALIGNMENT.size <= n_extra <= _MAX_EXTRA:
+        n_extra = n_header - LOCAL_RECORD.size - len(entry.name)
+        if not LOCAL_ZIP64_RECORD.size + ALIGNMENT_RECORD.size <= n_extra <= _MAX_EXTRA:
             message = "an entry does not fit between its neighbours: a gap, an overlap, or a wrong size"
             raise FlashFormatError(message, path=self.path, rule="FF-ZIP-11", where=entry.at)
         header = self._read(entry.offset, n_header)
-        fixed = _LOCAL.pack(
+        fixed = LOCAL_RECORD.pack(
             LOCAL_SIGNATURE, VERSION_NEEDED, UTF8_FLAG, 0, 0, DOS_DATE, entry.crc32,
             ALL_ONES_32, ALL_ONES_32, len(entry.name), n_extra,
         )  # fmt: skip
-        zip64 = _LOCAL_ZIP64.pack(ZIP64_FIELD, _LOCAL_ZIP64.size - 4, entry.nbytes, entry.nbytes)
+        zip64 = LOCAL_ZIP64_RECORD.pack(ZIP64_FIELD, LOCAL_ZIP64_RECORD.size - 4, entry.nbytes, entry.nbytes)
         expected = fixed + entry.name + zip64
         if not header.startswith(expected):
             self._fail_local(entry, header, expected)
-        field, field_nbytes, alignment = _ALIGNMENT.unpack_from(header, len(expected))
-        n_padding = n_header - len(expected) - _ALIGNMENT.size
+        field, field_nbytes, alignment = ALIGNMENT_RECORD.unpack_from(header, len(expected))
+        n_padding = n_header - len(expected) - ALIGNMENT_RECORD.size
         padding = header[n_header - n_padding :]
         if field != ALIGNMENT_FIELD or field_nbytes != n_padding + 2 or padding.strip(b"\0"):
             at = entry.offset + len(expected)
@@ -295,8 +299,8 @@ class _Parser:
 
     def _fail_local(self, entry: _Entry, header: bytes, expected: bytes) -> NoReturn:
         """Name the rule that a local header breaks."""
-        n_fixed = _LOCAL.size + len(entry.name)
-        stated = _LOCAL.unpack_from(header)
+        n_fixed = LOCAL_RECORD.size + len(entry.name)
+        stated = LOCAL_RECORD.unpack_from(header)
         if stated[0] == LOCAL_SIGNATURE and stated[10] != len(header) - n_fixed:
             self._fail(
                 "FF-ZIP-11", entry.offset, "a gap or an overlap before a payload", len(header) - n_fixed, stated[10]

@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from struct import Struct
 from typing import Final
 
 from flashfmt.container import ContainerKind
@@ -23,14 +22,22 @@ from flashfmt.layout import PAYLOAD_ALIGNMENT, round_up
 from flashfmt.output import sync_data, write_at, write_errors
 from flashfmt.zip_container import (
     ALIGNMENT_FIELD,
+    ALIGNMENT_RECORD,
     ALL_ONES_16,
     ALL_ONES_32,
+    CENTRAL_RECORD,
     CENTRAL_SIGNATURE,
+    CENTRAL_ZIP64_RECORD,
     DOS_DATE,
+    END64_RECORD,
     END64_SIGNATURE,
+    END_RECORD,
     END_SIGNATURE,
     FILE_ATTRIBUTES,
+    LOCAL_RECORD,
     LOCAL_SIGNATURE,
+    LOCAL_ZIP64_RECORD,
+    LOCATOR_RECORD,
     LOCATOR_SIGNATURE,
     MADE_BY,
     UTF8_FLAG,
@@ -38,14 +45,6 @@ from flashfmt.zip_container import (
     ZIP64_FIELD,
 )
 
-_LOCAL: Final = Struct("<IHHHHHIIIHH")
-_LOCAL_ZIP64: Final = Struct("<HHQQ")
-_ALIGNMENT: Final = Struct("<HHH")
-_CENTRAL: Final = Struct("<IHHHHHHIIIHHHHHII")
-_CENTRAL_ZIP64: Final = Struct("<HHQQQ")
-_END64: Final = Struct("<IQHHIIQQQQ")
-_LOCATOR: Final = Struct("<IIQI")
-_END: Final = Struct("<IHHHHIIH")
 _FIELD_HEADER_NBYTES: Final = 4
 
 
@@ -152,41 +151,43 @@ class _Entry:
         self.nbytes = nbytes
         self.alignment = alignment
         self.crc32 = 0
-        unpadded = header_offset + _LOCAL.size + len(self.name) + _LOCAL_ZIP64.size + _ALIGNMENT.size
+        unpadded = header_offset + LOCAL_RECORD.size + len(self.name) + LOCAL_ZIP64_RECORD.size + ALIGNMENT_RECORD.size
         self.offset = round_up(unpadded, alignment)
         self._n_padding = self.offset - unpadded
 
     def local_header(self) -> bytes:
         """Local header, name and extra fields: all bytes from `header_offset` to `offset`."""
-        n_extra = _LOCAL_ZIP64.size + _ALIGNMENT.size + self._n_padding
-        fixed = _LOCAL.pack(
+        n_extra = LOCAL_ZIP64_RECORD.size + ALIGNMENT_RECORD.size + self._n_padding
+        fixed = LOCAL_RECORD.pack(
             LOCAL_SIGNATURE, VERSION_NEEDED, UTF8_FLAG, 0, 0, DOS_DATE, self.crc32,
             ALL_ONES_32, ALL_ONES_32, len(self.name), n_extra,
         )  # fmt: skip
-        zip64 = _LOCAL_ZIP64.pack(ZIP64_FIELD, _LOCAL_ZIP64.size - _FIELD_HEADER_NBYTES, self.nbytes, self.nbytes)
-        alignment = _ALIGNMENT.pack(
-            ALIGNMENT_FIELD, _ALIGNMENT.size - _FIELD_HEADER_NBYTES + self._n_padding, self.alignment
+        zip64 = LOCAL_ZIP64_RECORD.pack(
+            ZIP64_FIELD, LOCAL_ZIP64_RECORD.size - _FIELD_HEADER_NBYTES, self.nbytes, self.nbytes
+        )
+        alignment = ALIGNMENT_RECORD.pack(
+            ALIGNMENT_FIELD, ALIGNMENT_RECORD.size - _FIELD_HEADER_NBYTES + self._n_padding, self.alignment
         )
         return fixed + self.name + zip64 + alignment + bytes(self._n_padding)
 
     def central_header(self) -> bytes:
         """Record in the central directory."""
-        fixed = _CENTRAL.pack(
+        fixed = CENTRAL_RECORD.pack(
             CENTRAL_SIGNATURE, MADE_BY, VERSION_NEEDED, UTF8_FLAG, 0, 0, DOS_DATE, self.crc32,
-            ALL_ONES_32, ALL_ONES_32, len(self.name), _CENTRAL_ZIP64.size, 0, 0, 0, FILE_ATTRIBUTES, ALL_ONES_32,
+            ALL_ONES_32, ALL_ONES_32, len(self.name), CENTRAL_ZIP64_RECORD.size, 0, 0, 0, FILE_ATTRIBUTES, ALL_ONES_32,
         )  # fmt: skip
-        zip64 = _CENTRAL_ZIP64.pack(
-            ZIP64_FIELD, _CENTRAL_ZIP64.size - _FIELD_HEADER_NBYTES, self.nbytes, self.nbytes, self.header_offset
+        zip64 = CENTRAL_ZIP64_RECORD.pack(
+            ZIP64_FIELD, CENTRAL_ZIP64_RECORD.size - _FIELD_HEADER_NBYTES, self.nbytes, self.nbytes, self.header_offset
         )
         return fixed + self.name + zip64
 
 
 def _end_records(n_entries: int, directory_nbytes: int, directory_offset: int) -> bytes:
     """ZIP64 end record, its locator and the end record."""
-    end64 = _END64.pack(
-        END64_SIGNATURE, _END64.size - 12, MADE_BY, VERSION_NEEDED, 0, 0, n_entries, n_entries,
+    end64 = END64_RECORD.pack(
+        END64_SIGNATURE, END64_RECORD.size - 12, MADE_BY, VERSION_NEEDED, 0, 0, n_entries, n_entries,
         directory_nbytes, directory_offset,
     )  # fmt: skip
-    locator = _LOCATOR.pack(LOCATOR_SIGNATURE, 0, directory_offset + directory_nbytes, 1)
-    end = _END.pack(END_SIGNATURE, 0, 0, ALL_ONES_16, ALL_ONES_16, ALL_ONES_32, ALL_ONES_32, 0)
+    locator = LOCATOR_RECORD.pack(LOCATOR_SIGNATURE, 0, directory_offset + directory_nbytes, 1)
+    end = END_RECORD.pack(END_SIGNATURE, 0, 0, ALL_ONES_16, ALL_ONES_16, ALL_ONES_32, ALL_ONES_32, 0)
     return end64 + locator + end
