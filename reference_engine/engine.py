@@ -37,9 +37,9 @@ from reference_engine.residents import (
     FlashTable,
     Residents,
     ResidentTable,
+    flash_table,
     load_residents,
     residents_nbytes,
-    stays_on_flash,
 )
 from reference_engine.sparse_bundles import BLOCK_NEURONS, SparseBundles
 from reference_engine.sparse_mode import (
@@ -241,8 +241,7 @@ class Engine:
             load_residents(self.model, verify=self.options.verify != "never", progress=progress),
         )
         self._bundles = self._load_bundles(progress)
-        if stays_on_flash(self.model):
-            self._flash_table = FlashTable(self.model.tensors[EMBEDDING], self._backend)
+        self._flash_table = flash_table(self.model, self._backend)
         tokens = self._flash_table or ResidentTable(residents.matrix(EMBEDDING), self._backend)
         self._kv_cache = KvCache(self.model.decoder, self.context_tokens, self.options.kv_type)
         self._stack = DecoderStack(

@@ -32,8 +32,8 @@ from reference_engine.residents import (
     FlashTable,
     Residents,
     ResidentTable,
+    flash_table,
     load_residents,
-    stays_on_flash,
 )
 
 F32 = npt.NDArray[np.float32]
@@ -114,6 +114,7 @@ class ObservedModel:
     ) -> None:
         self._engine = Engine(path, options, loaded_before_plan=loaded_before_plan)
         self._bundles: ExactBundles | None = None
+        self._flash_table: FlashTable | None = None
         try:
             self._load(progress)
         except BaseException:
@@ -166,6 +167,9 @@ class ObservedModel:
         if self._bundles is not None:
             self._bundles.close()
             self._bundles = None
+        if self._flash_table is not None:
+            self._flash_table.close()
+            self._flash_table = None
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -183,15 +187,12 @@ class ObservedModel:
         self._bundles.load(progress)
         self._kv_cache = KvCache(model.decoder, engine.context_tokens, engine.options.kv_type)
         self._observed = _ObservedFfn(self._bundles, self._backend)
+        self._flash_table = flash_table(model, self._backend)
         self._stack = DecoderStack(
             decoder=model.decoder,
             residents=residents,
             layers=model.layers,
-            tokens=(
-                FlashTable(model.tensors[EMBEDDING], self._backend)
-                if stays_on_flash(model)
-                else ResidentTable(residents.matrix(EMBEDDING), self._backend)
-            ),
+            tokens=self._flash_table or ResidentTable(residents.matrix(EMBEDDING), self._backend),
             bundles=self._observed,
             backend=cast(Backend, _WithFfn(self._backend, self._observed)),
         )

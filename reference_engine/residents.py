@@ -69,6 +69,11 @@ class FlashTable:
         self._file.close()
 
 
+def flash_table(model: FlashModel, backend: Backend) -> FlashTable | None:
+    """The token embedding as a table on flash, or None where it is resident."""
+    return FlashTable(model.tensors[EMBEDDING], backend) if stays_on_flash(model) else None
+
+
 def stays_on_flash(model: FlashModel) -> bool:
     """Whether token embedding rows are read from flash as they are needed."""
     return not model.decoder.logits.tied and model.tensors[EMBEDDING].codec == "raw"
