@@ -2,7 +2,9 @@
 
 The best possible is Belady's rule: with the whole future known, evict what is needed again last. It is no rule that an
 engine could follow. A fairer mark is ``hindsight``: evict what is active least often in the whole trace, the future
-included; where tokens are independent of each other, no rule that does not know the next tokens does better.
+included; where tokens are independent of each other, no rule that does not know the next tokens does better. ``learned``
+asks what else a neuron's past could tell: evict by a logistic regression of "is active within the next tokens" on
+activity counts at ten time scales and on the time since the last use, fitted to this very trace.
 
 Traces are recorded with ``flashfmt run --trace`` (activity_trace). Without any, synthetic ones are made: every token,
 `reuse` of the neurons of the token before stay active, the others are drawn from a Zipf distribution over a random
@@ -32,6 +34,9 @@ NEVER = np.iinfo(np.int64).max
 SHARES = (0.12, 0.24, 0.4, 0.6)
 KS = (1, 2, 4, 8, 16)
 HALF_LIVES = (16, 64, 256)
+SCALES = 2.0 ** np.arange(10)  # half-lives that `learned` sees
+HORIZON = 16  # tokens within which `learned` expects a neuron back
+FITTED_ROWS = 200_000
 SYNTHETIC = (
     {"zipf": 0.3, "reuse": 0.5},
     {"zipf": 0.6, "reuse": 0.3},
@@ -39,6 +44,7 @@ SYNTHETIC = (
     {"zipf": 1.2, "reuse": 0.2},
 )
 Trace = list[Ids]
+Floats = npt.NDArray[Any]
 Rule = Callable[[int, int], NeuronWindow]
 
 
@@ -47,7 +53,7 @@ def _frequency(half_life: int) -> Rule:
 
 
 RULES: dict[str, Rule] = {"lru": LeastRecent, **{f"frequency:{h}": _frequency(h) for h in HALF_LIVES}}
-NAMES = ("hindsight", *RULES)
+NAMES = ("hindsight", "learned", *RULES)
 
 
 def belady_misses(trace: Trace, n_neurons: int, capacity: int) -> int:
@@ -72,20 +78,71 @@ def belady_misses(trace: Trace, n_neurons: int, capacity: int) -> int:
     return misses
 
 
-def hindsight_misses(trace: Trace, n_neurons: int, capacity: int) -> int:
-    """Misses when the neurons that are active least often in the whole trace are evicted."""
-    popularity = np.bincount(np.concatenate(trace), minlength=n_neurons)
+def scored_misses(trace: Trace, n_neurons: int, capacity: int, score: Callable[[int], Floats]) -> int:
+    """Misses when the neurons of the lowest score leave; `score` gives float [n_neurons] after a token."""
     held = np.zeros(n_neurons, np.bool_)
     misses = 0
-    for active in trace:
+    for token, active in enumerate(trace):
         misses += int(np.count_nonzero(~held[active]))
         held[active] = False
         others = np.flatnonzero(held)
         n_leaving = len(others) + len(active) - capacity
         if n_leaving > 0:
-            held[others[np.argpartition(popularity[others], n_leaving - 1)[:n_leaving]]] = False
+            held[others[np.argpartition(score(token)[others], n_leaving - 1)[:n_leaving]]] = False
         held[active] = True
     return misses
+
+
+def hindsight_misses(trace: Trace, n_neurons: int, capacity: int) -> int:
+    """Misses when the neurons that are active least often in the whole trace are evicted."""
+    popularity = np.bincount(np.concatenate(trace), minlength=n_neurons).astype(np.float64)
+    return scored_misses(trace, n_neurons, capacity, lambda _: popularity)
+
+
+def history_features(trace: Trace, n_neurons: int) -> Floats:
+    """What the past says of a neuron after each token, float32 [n_tokens, n_neurons, len(SCALES) + 2].
+
+    Logarithms of its share of active tokens, weighted by each half-life, and of the tokens since its last use; one.
+    """
+    features = np.ones((len(trace), n_neurons, len(SCALES) + 2), np.float32)
+    shares, last = np.zeros((n_neurons, len(SCALES))), np.full(n_neurons, -len(trace))
+    decay = 0.5 ** (1 / SCALES)
+    for token, active in enumerate(trace):
+        shares *= decay
+        shares[active] += 1 - decay
+        last[active] = token
+        features[token, :, : len(SCALES)] = np.log(shares / (1 - decay ** (token + 1)) + 1e-4)
+        features[token, :, -2] = np.log1p(token - last)
+    return features
+
+
+def logistic_fit(x: Floats, y: Floats, n_steps: int = 15, ridge: float = 1e-4) -> Floats:
+    """Weights of a logistic regression by Newton's method."""
+    weights = np.zeros(x.shape[1])
+    for _ in range(n_steps):
+        p = 1 / (1 + np.exp(-np.clip(x @ weights, -30, 30)))
+        gradient = x.T @ (p - y) / len(y) + ridge * weights
+        curvature = x.T @ (x * (p * (1 - p))[:, None]) / len(y) + ridge * np.eye(len(weights))
+        weights -= np.linalg.solve(curvature, gradient)
+    return weights
+
+
+def learned_scores(trace: Trace, n_neurons: int) -> Floats:
+    """Log-odds that a neuron is active within `HORIZON` tokens, fitted to this trace: [n_tokens, n_neurons]."""
+    features = history_features(trace, n_neurons)
+    returns = np.zeros((len(trace), n_neurons), np.bool_)
+    for token, active in enumerate(trace):
+        returns[max(0, token - HORIZON) : token, active] = True
+    chosen = np.random.default_rng(0).choice(returns.size, min(returns.size, FITTED_ROWS), replace=False)
+    flat = features.reshape(-1, features.shape[2])
+    scores: Floats = features @ logistic_fit(flat[chosen].astype(np.float64), returns.reshape(-1)[chosen])
+    return scores
+
+
+def learned_misses(trace: Trace, n_neurons: int, capacity: int) -> int:
+    """Misses when the neurons that are least likely to be active soon are evicted, as far as the past can tell."""
+    scores = learned_scores(trace, n_neurons)
+    return scored_misses(trace, n_neurons, capacity, lambda token: scores[token])
 
 
 def rule_misses(trace: Trace, window: NeuronWindow) -> int:
@@ -126,6 +183,7 @@ def total_misses(layers: Sequence[Trace], n_neurons: int, capacities: Sequence[i
     return {
         "belady": sum(belady_misses(trace, n_neurons, c) for trace, c in pairs),
         "hindsight": sum(hindsight_misses(trace, n_neurons, c) for trace, c in pairs),
+        "learned": sum(learned_misses(trace, n_neurons, c) for trace, c in pairs),
         **{name: sum(rule_misses(trace, rule(n_neurons, c)) for trace, c in pairs) for name, rule in RULES.items()},
     }
 
