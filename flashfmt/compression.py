@@ -12,7 +12,7 @@ import numpy as np
 from flashfmt.container import Bytes
 from flashfmt.encodings import Array
 from flashfmt.errors import FlashError
-from flashfmt.tensor import Compression
+from flashfmt.tensor import Compression, most_decompressed_nbytes
 
 ZSTD_LEVEL: Final = 3
 BLOSC_NAME: Final = "zstd"
@@ -30,12 +30,23 @@ def compress(values: Array, codec: Compression, name: str) -> Bytes:
     Raises
     ------
     FlashError
-        If the array is larger than Blosc allows.
+        If the array is larger than Blosc allows, or shrinks so far that readers would take it for a bomb.
     """
-    if codec == "zstd":
-        from numcodecs import zstd
+    stored = _zstd(values) if codec == "zstd" else _blosc(values, name)
+    most = most_decompressed_nbytes(stored.nbytes)
+    if values.nbytes > most:
+        message = "compresses so far that readers refuse to expand it; store it raw"
+        raise FlashError(message, where=name, expected=f"at most {most} bytes", actual=values.nbytes)
+    return stored
 
-        return np.frombuffer(zstd.compress(values, ZSTD_LEVEL), np.uint8)
+
+def _zstd(values: Array) -> Bytes:
+    from numcodecs import zstd
+
+    return np.frombuffer(zstd.compress(values, ZSTD_LEVEL), np.uint8)
+
+
+def _blosc(values: Array, name: str) -> Bytes:
     if values.nbytes > _BLOSC_MAX_NBYTES:
         raise FlashError("too large for blosc; use zstd", where=name, expected=_BLOSC_MAX_NBYTES, actual=values.nbytes)
     from numcodecs import blosc

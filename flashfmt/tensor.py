@@ -113,6 +113,11 @@ def stored_tensor(info: TensorInfo, payload: Bytes) -> StoredTensor:
     return StoredTensor(info.encoding, info.shape, data)
 
 
+def most_decompressed_nbytes(stored_nbytes: int) -> int:
+    """Bytes that this reader is willing to expand a compressed payload of `stored_nbytes` to."""
+    return max(FREE_DECOMPRESSED_BYTES, MAX_EXPANSION * stored_nbytes)
+
+
 def decompress(info: TensorInfo, payload: Bytes) -> Bytes:
     """Decompressed bytes of a compressed tensor, a new uint8 array of ``info.nbytes``; raises as `stored_tensor`."""
 
@@ -129,7 +134,7 @@ def decompress(info: TensorInfo, payload: Bytes) -> Bytes:
     stated = _zstd_content_nbytes(payload) if info.codec == "zstd" else _blosc_content_nbytes(payload)
     if stated != info.nbytes:
         fail(f"the {info.codec} frame does not state the size of the array", stated)
-    most = max(FREE_DECOMPRESSED_BYTES, MAX_EXPANSION * payload.nbytes)
+    most = most_decompressed_nbytes(payload.nbytes)
     if info.nbytes > most:
         message = "a compressed tensor takes more memory than this reader gives for its stored bytes"
         path = info.extent.path
