@@ -2,9 +2,9 @@
 
 The best possible is Belady's rule: with the whole future known, evict what is needed again last. It is no rule that an
 engine could follow. A fairer mark is ``hindsight``: evict what is active least often in the whole trace, the future
-included; where tokens are independent of each other, no rule that does not know the next tokens does better. ``learned``
-asks what else a neuron's past could tell: evict by a logistic regression of "is active within the next tokens" on
-activity counts at ten time scales and on the time since the last use, fitted to this very trace.
+included; where tokens are independent of each other, no rule that does not know the next tokens does better.
+``learned`` asks what else a neuron's past could tell: evict by a logistic regression of "is active within the next
+tokens" on activity counts at ten time scales and on the time since the last use, fitted to this very trace.
 
 Traces are recorded with ``flashfmt run --trace`` (activity_trace). Without any, synthetic ones are made: every token,
 `reuse` of the neurons of the token before stay active, the others are drawn from a Zipf distribution over a random
