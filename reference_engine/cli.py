@@ -68,15 +68,8 @@ def _grouped(*options: Decorator) -> Decorator:
     return decorate
 
 
-_ENGINE_OPTIONS = _grouped(
-    click.option(
-        "--memory",
-        callback=_size,
-        metavar="SIZE",
-        default="auto",
-        show_default=True,
-        help="Ceiling on everything the process holds, such as 6GiB; auto: four fifths of what is free.",
-    ),
+# All but the ceiling, which not every verb takes in the same way.
+ENGINE_OPTIONS = _grouped(
     click.option(
         "--context",
         "context_tokens",
@@ -134,6 +127,18 @@ _ENGINE_OPTIONS = _grouped(
         help="With --device cuda and --selector: page-locked memory for bundles that left the device.",
     ),
 )  # fmt: skip
+
+_ENGINE_OPTIONS = _grouped(
+    click.option(
+        "--memory",
+        callback=_size,
+        metavar="SIZE",
+        default="auto",
+        show_default=True,
+        help="Ceiling on everything the process holds, such as 6GiB; auto: four fifths of what is free.",
+    ),
+    ENGINE_OPTIONS,
+)
 
 _TEXT_OPTIONS = _grouped(
     click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True),
@@ -374,13 +379,18 @@ def _ask(*, quiet: bool) -> str | None:
 
 
 def _engine(model: Path, options: dict[str, Any], loaded_before_plan: Callable[[FlashModel], object]) -> Engine:
+    return Engine(model, engine_options(options), loaded_before_plan=loaded_before_plan)
+
+
+def engine_options(options: dict[str, Any]) -> EngineOptions:
+    """What `ENGINE_OPTIONS` and a ``memory`` in bytes say; announces a compilation that is due."""
     if options["device"] == "cpu" and not is_compiled(options["backend"]):
         click.echo("compiling kernels for this processor; this happens once and takes about a minute", err=True)
     selector, prefetch, window = (options.pop(name) for name in ("selector", "prefetch", "window"))
     if selector is None and prefetch is not None:
         raise click.UsageError("--prefetch reads ahead for a --selector")
     sparse = None if selector is None else SparseOptions(selector, prefetch, window)
-    return Engine(model, EngineOptions(**options, sparse=sparse), loaded_before_plan=loaded_before_plan)
+    return EngineOptions(**options, sparse=sparse)
 
 
 def _load(engine: Engine, *, quiet: bool) -> None:

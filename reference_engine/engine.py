@@ -225,6 +225,11 @@ class Engine:
         """Where sparse mode's figures are, and can be watched; None in exact mode, and before loading."""
         return self._bundles if isinstance(self._bundles, SparseBundles | DeviceBundles) else None
 
+    @property
+    def exact(self) -> ExactBundles | None:
+        """Where exact mode's figures are; None in sparse mode, on a device, and before loading."""
+        return self._bundles if isinstance(self._bundles, ExactBundles) else None
+
     def load(self, progress: Progress | None = None) -> None:
         """Read what the plan keeps in DRAM, and start streaming the rest.
 

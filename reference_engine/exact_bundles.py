@@ -6,6 +6,7 @@ which were pinned.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -41,10 +42,15 @@ class ExactBundles:
     ----------
     pinned_blocks : one flag a block of ``model_blocks(model)``.
     verify : check bundle checksums never, the first time a block is read, or always.
+
+    Attributes
+    ----------
+    compute_seconds : that callers took for the blocks they were handed.
     """
 
     def __init__(self, model: FlashModel, pinned_blocks: Sequence[bool], *, verify: Verify = "first") -> None:
         self._model = model
+        self.compute_seconds = 0.0
         self._verify = verify
         self._blocks = model_blocks(model)
         self._files = {info.extent.path: DirectFile(info.extent.path) for info in model.layers}
@@ -96,13 +102,13 @@ class ExactBundles:
         for block in self._by_layer[layer]:
             neurons = slice(block.first, block.first + block.n_neurons)
             if self._is_pinned[block]:
-                yield BundleBlock(neurons, self._pinned[block])
+                yield from self._timed(BundleBlock(neurons, self._pinned[block]))
                 continue
             if self._stream is None:
                 raise RuntimeError("blocks of bundles that were not loaded")
             _, data = self._stream.take()
             try:
-                yield BundleBlock(neurons, self._rows(block, data))
+                yield from self._timed(BundleBlock(neurons, self._rows(block, data)))
             finally:
                 self._stream.give_back()
 
@@ -119,6 +125,11 @@ class ExactBundles:
             self._stream.close()
         for file in self._files.values():
             file.close()
+
+    def _timed(self, block: BundleBlock) -> Iterator[BundleBlock]:
+        began = time.perf_counter()
+        yield block
+        self.compute_seconds += time.perf_counter() - began
 
     def _file(self, block: Block) -> DirectFile:
         return self._files[self._model.layers[block.layer].extent.path]

@@ -53,6 +53,7 @@ class SparseBundles:
     windows, capacities : for each layer, which bundles stay, and in how many slots.
     open_reader : opens a file of bundles for reading.
     hints : for each layer a selector whose choice is read ahead, without being decisive; None for no hints.
+    overlap : hand out what is held while the rest is read; without it, wait until all is there.
     verify : when to check bundle checksums.
 
     Attributes
@@ -69,10 +70,12 @@ class SparseBundles:
         capacities: Sequence[int],
         open_reader: OpenReader,
         hints: Sequence[TappedSelector] | None = None,
+        overlap: bool = True,
         verify: Verify = "first",
     ) -> None:
         self._selectors = selectors
         self._hints = hints
+        self._overlap = overlap
         self._readers: dict[Path, RangeReader] = {}
         self._states = [_LayerState() for _ in model.layers]
         self._layers: list[LayerBundles] = []
@@ -153,7 +156,7 @@ class SparseBundles:
             try:
                 if first == 0:
                     self._look_ahead(layer, "ffn_input", x)
-                for ids, slots in _computable(fetch, held):
+                for ids, slots in _computable(fetch, held, overlap=self._overlap):
                     yield from _cut(ids, slots, held, n_tokens, figures)
             finally:
                 fetch.finish(cancel=True)
@@ -214,11 +217,12 @@ def slots_nbytes(capacities: Sequence[int], strides: Sequence[int]) -> int:
     return sum(round_up(n * stride, IO_ALIGNMENT) for n, stride in zip(capacities, strides, strict=True))
 
 
-def _computable(fetch: Fetch, held: LayerBundles) -> Iterator[tuple[Ids, Slots]]:
-    """Neurons and their slots: first the held ones, then the others as they arrive."""
+def _computable(fetch: Fetch, held: LayerBundles, *, overlap: bool) -> Iterator[tuple[Ids, Slots]]:
+    """Neurons and their slots: first the held ones, then the others as they arrive, or all once they are there."""
+    arrivals = fetch.arrivals() if overlap else iter(list(fetch.arrivals()))
     if len(fetch.hits):
         yield fetch.hits, held.cache.slots(fetch.hits)
-    yield from fetch.arrivals()
+    yield from arrivals
 
 
 def _cut(ids: Ids, slots: Slots, held: LayerBundles, n_tokens: int, figures: LayerFigures) -> Iterator[BundleBlock]:

@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from flashfmt import FlashModel
 from flashfmt.errors import PromptError
 from reference_engine.backends import Backend
 from reference_engine.bundle_checksums import Verify
 from reference_engine.flash_io import IO_ALIGNMENT, RangeReader, open_reader
-from reference_engine.neuron_window import DEFAULT_WINDOW, WindowChoice
+from reference_engine.neuron_window import DEFAULT_WINDOW, NeuronWindow
 from reference_engine.plan import FixedParts
 from reference_engine.selectors import (
     SelectorChoice,
@@ -29,6 +30,14 @@ from reference_engine.sparse_bundles import OpenReader, SparseBundles
 from reference_engine.sparse_plan import BundleSizes, SparsePlan, plan_sparse
 
 
+class BuildsWindow(Protocol):
+    """A rule for the neuron window, such as a `WindowChoice`."""
+
+    def build(self, n_neurons: int, capacity: int) -> NeuronWindow:
+        """The window of a layer with `capacity` slots."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SparseOptions:
     """How neurons are left out.
@@ -39,12 +48,16 @@ class SparseOptions:
     prefetch : a selector whose choice is read ahead and decides nothing; None for none.
     window : which bundles stay from token to token.
     open_reader : opens a file of bundles for reading; None takes the best way that works here.
+    overlap : compute with the bundles that are held while the others are read; without it, wait for all of them first.
+    substitute : puts others in the place of the loaded selectors, for measurements with activity that is given.
     """
 
     selector: SelectorChoice
     prefetch: SelectorChoice | None = None
-    window: WindowChoice = DEFAULT_WINDOW
+    window: BuildsWindow = DEFAULT_WINDOW
     open_reader: OpenReader | None = None
+    overlap: bool = True
+    substitute: Callable[[list[TappedSelector]], list[TappedSelector]] | None = None
 
     @property
     def choices(self) -> tuple[SelectorChoice, ...]:
@@ -104,6 +117,8 @@ def load_sparse(
         If the selectors do not go with the model, or with each other.
     """
     selectors = load_selectors(model, options.selector, backend, verify=verify, progress=progress)
+    if options.substitute is not None:
+        selectors = options.substitute(selectors)
     hints: list[TappedSelector] | None = None
     if options.prefetch is not None:
         if any((s.tap.layer, s.tap.point) != (layer, "ffn_input") for layer, s in enumerate(selectors)):
@@ -116,7 +131,8 @@ def load_sparse(
         hints=hints,
         windows=[options.window.build(n_neurons, capacity) for capacity in plan.capacities],
         capacities=plan.capacities,
-        open_reader=options.open_reader or _opener(model),
+        open_reader=options.open_reader or bundle_opener(model),
+        overlap=options.overlap,
         verify=verify,
     )
 
@@ -132,7 +148,8 @@ def _curves(model: FlashModel) -> list[tuple[F64, F64]] | None:
     return curves
 
 
-def _opener(model: FlashModel) -> OpenReader:
+def bundle_opener(model: FlashModel) -> OpenReader:
+    """Opens the files that the bundles of a model lie in, the best way that works here; outlives the model."""
     alignments: dict[Path, int] = {}
     for info in model.layers:
         known = alignments.get(info.extent.path, IO_ALIGNMENT)
