@@ -15,7 +15,7 @@ from flashfmt import FlashModel
 from flashfmt.errors import PromptError
 from reference_engine.backends import Backend
 from reference_engine.bundle_checksums import Verify
-from reference_engine.flash_io import IO_ALIGNMENT, RangeReader, open_reader
+from reference_engine.flash_io import IO_ALIGNMENT, IoTuning, RangeReader, open_reader
 from reference_engine.neuron_window import DEFAULT_WINDOW, NeuronWindow
 from reference_engine.plan import FixedParts
 from reference_engine.selectors import (
@@ -148,14 +148,17 @@ def _curves(model: FlashModel) -> list[tuple[F64, F64]] | None:
     return curves
 
 
-def bundle_opener(model: FlashModel) -> OpenReader:
-    """Opens the files that the bundles of a model lie in, the best way that works here; outlives the model."""
+def bundle_opener(model: FlashModel, tuning: IoTuning | None = None) -> OpenReader:
+    """Opens the files that the bundles of a model lie in, the best way that works here; may outlive the model.
+
+    `tuning` is what the device profile says by default.
+    """
     alignments: dict[Path, int] = {}
     for info in model.layers:
         known = alignments.get(info.extent.path, IO_ALIGNMENT)
         alignments[info.extent.path] = math.gcd(known, info.extent.offset, info.geometry.stride)
 
     def opener(path: Path) -> RangeReader:
-        return open_reader(path, range_alignment=alignments[path])
+        return open_reader(path, tuning=tuning, range_alignment=alignments[path])
 
     return opener
