@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,7 @@ import psutil
 _CGROUP_V2: Final = Path("/sys/fs/cgroup")
 _CGROUP_V1: Final = Path("/sys/fs/cgroup/memory")
 _PEAK: Final = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
+_CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 _AUTO_SHARE: Final = 0.8  # of what is free: the rest is for the page cache and the other programs
 
 
@@ -35,6 +37,12 @@ def peak_resident_nbytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak() -> None:
+    """Let the peak begin anew from what the process holds now; Linux only, and nothing elsewhere."""
+    with suppress(OSError):
+        _CLEAR_REFS.write_text("5")
 
 
 def trim_heap() -> None:

@@ -174,6 +174,11 @@ class SparseBundles:
             self.totals.total("wait_seconds"),
         )
 
+    @property
+    def n_held(self) -> int:
+        """Bundles in slots now, of all layers."""
+        return sum(layer.cache.num_used for layer in self._layers)
+
     def close(self) -> None:
         """Stop reading and close the files."""
         for state in self._states:

@@ -85,7 +85,7 @@ def save_profile(path: Path, profile: DeviceProfile) -> Path:
 
 def profile_path(path: Path) -> Path:
     """Where the profile of the device that `path` lies on is kept."""
-    return _cache_directory() / "flashfmt" / "devices" / f"{device_name(path)}.json"
+    return cache_directory() / "flashfmt" / "devices" / f"{device_name(path)}.json"
 
 
 def device_name(path: Path) -> str:
@@ -117,7 +117,8 @@ def _identity(device: Path) -> list[str]:
     return [text for text in texts if text]
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Where this user's caches are."""
     configured = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(configured):
         return Path(configured)
