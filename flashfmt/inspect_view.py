@@ -114,9 +114,10 @@ def _predictor(p: Predictor) -> str:
     if p.measured is None:
         return f"{kind}, reads {tap}, threshold {p.threshold:g}, not measured"
     m = p.measured
+    cost = "" if m.perplexity_ratio is None else f", perplexity of the model {100 * (m.perplexity_ratio - 1):+.2f} %"
     return (
         f"{kind}, reads {tap}, threshold {p.threshold:g}: recall {m.recall:.3f}, precision {m.precision:.3f}, "
-        f"{100 * m.predicted_fraction:.1f} % predicted, on {m.n_tokens} tokens of {m.text}"
+        f"{100 * m.predicted_fraction:.1f} % predicted{cost}, on {m.n_tokens} tokens of {m.text}"
     )
 
 

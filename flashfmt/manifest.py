@@ -201,13 +201,17 @@ class InputTap(_Description, frozen=True, kw_only=True):
 
 
 class Measured(_Description, frozen=True, kw_only=True):
-    """Quality of a predictor on held-out text: shares of 1; `text` says which text."""
+    """Quality of a predictor on held-out text: shares of 1; `text` says which text.
+
+    `perplexity_ratio` is of the whole model, with the predictors of all layers over every neuron computed.
+    """
 
     recall: Annotated[float, Meta(ge=0, le=1)]
     precision: Annotated[float, Meta(ge=0, le=1)]
     predicted_fraction: Annotated[float, Meta(ge=0, le=1)]
     n_tokens: Count
     text: Text
+    perplexity_ratio: Positive | None = None
 
 
 class Predictor(_Description, frozen=True, kw_only=True):

@@ -158,7 +158,8 @@ def _schema() -> Iterator[Fault]:
         ("too-many-features", "65 optional features", _manifest("optional_features", ["a"] * 65), "minimal"),
         ("name-too-long", "the name has 4097 characters", _manifest("name", "a" * 4097), "minimal"),
         ("digest-with-capitals", "source_sha256 has capitals", _manifest("provenance.source_sha256", "A" * 64), "minimal"),
-        ("recall-above-1", "a measured recall is 1.5", _measured, "rich"),
+        ("recall-above-1", "a measured recall is 1.5", _measured("recall", 1.5), "rich"),
+        ("perplexity-ratio-0", "a measured ratio of perplexities is 0", _measured("perplexity_ratio", 0), "rich"),
         ("offset-too-large", "positions.offset is 65537", _manifest(f"{d}.positions.offset", 65537), "rich"),
     ]:  # fmt: skip
         also = ["FF-MAN-2", "FF-MAN-8"] if name == "offset-too-large" else ["FF-MAN-2"]
@@ -173,9 +174,12 @@ def _rename_table(name: str) -> Mutation:
     return mutate
 
 
-def _measured(h: Hierarchy) -> None:
-    measured = {"recall": 1.5, "precision": 1, "predicted_fraction": 0.5, "n_tokens": 1, "text": "a text"}
-    h.manifest["predictors"][0]["measured"] = measured
+def _measured(field: str, value: float) -> Mutation:
+    def mutate(h: Hierarchy) -> None:
+        measured = {"recall": 1, "precision": 1, "predicted_fraction": 0.5, "n_tokens": 1, "text": "a text"}
+        h.manifest["predictors"][0]["measured"] = measured | {field: value}
+
+    return mutate
 
 
 def _relations() -> Iterator[Fault]:

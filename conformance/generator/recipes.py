@@ -206,8 +206,22 @@ def rich(container: str = "file") -> Recipe:
     """Predictors, statistics, embedded files, extensions, fields and features that a reader does not know."""
     measured = {"recall": 0.99, "precision": 0.5, "predicted_fraction": 0.25, "n_tokens": 1000, "text": "a text"}
     predictors = [
-        {"layer": 0, "kind": "low_rank", "tap": {"layer": 0}, "threshold": 0.5, "rank": 4, "bias": True},
-        {"layer": 2, "kind": "low_bit_gate", "tap": {"layer": 2}, "threshold": 0.25, "measured": measured},
+        {
+            "layer": 0,
+            "kind": "low_rank",
+            "tap": {"layer": 0},
+            "threshold": 0.5,
+            "rank": 4,
+            "bias": True,
+            "measured": measured,
+        },
+        {
+            "layer": 2,
+            "kind": "low_bit_gate",
+            "tap": {"layer": 2},
+            "threshold": 0.25,
+            "measured": measured | {"perplexity_ratio": 1.0078125},
+        },
         {
             "layer": 1,
             "kind": "low_rank",

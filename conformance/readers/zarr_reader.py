@@ -94,7 +94,7 @@ FIELDS: Final[Mapping[str, Mapping[str, tuple[Any, ...]]]] = {
     "InputTap": {"layer": ("plain",), "point": ("plain", "ffn_input")},
     "Measured": {
         "recall": ("number",), "precision": ("number",), "predicted_fraction": ("number",), "n_tokens": ("plain",),
-        "text": ("plain",),
+        "text": ("plain",), "perplexity_ratio": ("number", None),
     },
     "Statistics": {"n_tokens": ("plain",), "text": ("plain",), "window_tokens": ("plain",)},
 }  # fmt: skip

@@ -108,6 +108,9 @@ class TestInspect:
         model.manifest["predictors"][0]["measured"] = measured
         out = flash("inspect", model.write_file(tmp_path / "m.flash"))[1]
         assert "recall 0.950, precision 0.500, 20.0 % predicted, on 1000 tokens of a text" in out
+        measured["perplexity_ratio"] = 1.0085
+        out = flash("inspect", model.write_file(tmp_path / "n.flash"))[1]
+        assert "20.0 % predicted, perplexity of the model +0.85 %, on 1000 tokens" in out
 
 
 class TestVerify:

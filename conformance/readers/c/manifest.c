@@ -100,6 +100,7 @@ static const struct {
     {"InputTap", "layer", "id", NULL},
     {"InputTap", "point", "ffn_input|attention_input|attention_output", "\"ffn_input\""},
     {"Measured", "n_tokens", "count", NULL},
+    {"Measured", "perplexity_ratio", "positive?", "null"},
     {"Measured", "precision", "share", NULL},
     {"Measured", "predicted_fraction", "share", NULL},
     {"Measured", "recall", "share", NULL},

@@ -73,6 +73,7 @@ const FIELDS = {
   InputTap: { layer: ["plain"], point: ["plain", "ffn_input"] },
   Measured: {
     recall: ["number"], precision: ["number"], predicted_fraction: ["number"], n_tokens: ["plain"], text: ["plain"],
+    perplexity_ratio: ["number", null],
   },
   Statistics: { n_tokens: ["plain"], text: ["plain"], window_tokens: ["plain"] },
 };
