@@ -84,7 +84,18 @@ def score_text(
     windows: Sequence[TextWindow],
     progress: Callable[[int], None] | None = None,
 ) -> Score:
-    """Score the windows of a text.
+    """Score of a text, all windows together; raises as `score_windows`."""
+    scores = score_windows(model, token_ids, windows, progress)
+    return Score(sum(score.nats for score in scores), sum(score.n_tokens for score in scores))
+
+
+def score_windows(
+    model: RunsWindows,
+    token_ids: Sequence[int],
+    windows: Sequence[TextWindow],
+    progress: Callable[[int], None] | None = None,
+) -> list[Score]:
+    """Score the windows of a text one by one.
 
     Parameters
     ----------
@@ -97,8 +108,9 @@ def score_text(
     """
     if not windows:
         raise ValueError("the text is too short to score")
-    nats, n_scored = 0.0, 0
+    scores = []
     for window in windows:
+        nats, n_scored = 0.0, 0
         ids = np.asarray(token_ids[window.first : window.last], np.int64)
         for start, hidden in model.hidden_states(ids.tolist()):
             first = max(start, window.scored_from - window.first - 1)  # the state at i predicts token i + 1
@@ -109,7 +121,8 @@ def score_text(
                 n_scored += last - first
             if progress is not None:
                 progress(len(hidden))
-    return Score(nats, n_scored)
+        scores.append(Score(nats, n_scored))
+    return scores
 
 
 def _nats(logits: F32, targets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

@@ -23,7 +23,7 @@ from reference_engine.operating_points import OperatingPoint, Tally
 from reference_engine.predictor_training import CutCurve, LowRankFit, TrainingOptions, choose_rank, cut_curve
 from reference_engine.value_cuts import ValueSample, natural_cut
 
-RECALLS: Final = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
+RECALLS: Final = tuple(round(1 - 0.5 * 0.8**i, 5) for i in range(31))  # 0.5 to 0.9994
 SHARES: Final = tuple(round(0.05 * i, 2) for i in range(2, 20))
 _RANKING_RECALL: Final = 0.95  # at which ranks are compared where the target is perplexity
 
@@ -37,7 +37,7 @@ class Choice:
 
 
 Costs = Callable[[str, Sequence[FittedPredictor]], float]
-"""(name of a candidate, its predictors) -> relative loss of perplexity on validation text."""
+"""(name of a candidate, its predictors) -> relative loss of perplexity that is not to exceed what is allowed."""
 
 
 def fit_layers(

@@ -30,9 +30,9 @@ from reference_engine.calibration.choosing import (
     choose_low_rank,
     fit_layers,
     measure,
-    operating_point,
 )
-from reference_engine.calibration.division import Division, divide
+from reference_engine.calibration.costs import PerplexityRuns
+from reference_engine.calibration.division import Division, Ranges, divide, located, n_tokens_of
 from reference_engine.calibration.options import CalibrationOptions, CalibrationReport, KindChoice
 from reference_engine.calibration.output import write_calibrated
 from reference_engine.calibration.recording import record_text
@@ -40,8 +40,6 @@ from reference_engine.calibration.scratch import Scratch, Section
 from reference_engine.engine import PREFILL_TOKENS, EngineOptions
 from reference_engine.fitted_predictor import FittedPredictor
 from reference_engine.observation import NONZERO, Cut, ObservedModel
-from reference_engine.operating_points import Masking
-from reference_engine.perplexity import score_text, text_windows
 from reference_engine.token_text import TokenText, read_texts
 from reference_engine.tokenizer import Tokenizer, load_tokenizer
 from reference_engine.value_cuts import SPARSE_ACTIVATIONS, ValueSample, natural_cut
@@ -58,7 +56,7 @@ _MAX_NAME: Final = 400
 
 def calibrate(
     model: str | os.PathLike[str],
-    texts: Sequence[str | os.PathLike[str]],
+    texts: Sequence[str | os.PathLike[str]] | TokenText,
     target: str | os.PathLike[str],
     *,
     options: CalibrationOptions | None = None,
@@ -75,7 +73,7 @@ def calibrate(
     Parameters
     ----------
     model : a flash file or directory with a tokenizer.
-    texts : UTF-8 files.
+    texts : UTF-8 files, or a text in the model's tokens.
     engine : memory ceiling and backend of the model's runs; the ceiling does not cover the fit. Its context is ignored.
     keep_scratch : leave the recorded activations on disk.
 
@@ -101,7 +99,8 @@ def calibrate(
     with ObservedModel(
         Path(model), engine, loaded_before_plan=lambda opened: tokenizers.append(load_tokenizer(opened))
     ) as observed:
-        text = read_texts([Path(part) for part in texts], tokenizers[0]).first(options.n_tokens)
+        text = texts if isinstance(texts, TokenText) else read_texts([Path(part) for part in texts], tokenizers[0])
+        text = text.first(options.n_tokens)
         report = progress or (lambda *_: None)
         run = _Run(observed, text, options, window=window, target=path, progress=report)
         return run.perform(overwrite=overwrite, keep_scratch=keep_scratch)
@@ -129,32 +128,33 @@ class _Run:
         self._fingerprint = self._identity()
         d = model.model.decoder
         self._taps = [InputTap(layer=max(0, i - options.ahead), point=options.tap) for i in range(d.n_layers)]
+        self._held_out: Ranges = ((self._division.held_out, self._division.n_tokens),)
         # gates need no training text: only what choices and measurements are made on is recorded
-        self._first = 0 if options.kind == "low_rank" else self._division.validation
+        every: Ranges = ((0, self._division.n_tokens),)
+        self._recorded = every if options.kind == "low_rank" else (*self._division.validation, *self._held_out)
         self._scratch = Scratch(
             target.with_name(target.name + ".calibration"),
             self._fingerprint,
             n_layers=d.n_layers,
-            n_tokens=self._division.n_tokens - self._first,
+            n_tokens=n_tokens_of(self._recorded),
             d_model=d.d_model,
             d_ff=d.ffn.d_ff,
             chunk_tokens=min(PREFILL_TOKENS, window),
         )
+        self._runs = PerplexityRuns(model, self._scratch, text.token_ids, window, progress)
 
     def perform(self, *, overwrite: bool, keep_scratch: bool) -> CalibrationReport:
         """All steps."""
         started = time.monotonic()
         choice = self._choose()
-        measured, activity, statistics_tokens = self._measure(choice.predictors)
-        exact = self._perplexity("held-out text, exact", self._division.held_out, self._division.n_tokens, None)
-        predicted = self._perplexity(
-            "held-out text, predicted", self._division.held_out, self._division.n_tokens, measured
-        )
-        n_held_out = self._division.n_tokens - self._division.held_out
+        scores = self._runs.paired("held-out text", self._held_out, "predicted", choice.predictors)
+        measured, activity, statistics_tokens = self._measure(choice.predictors, scores.ratio)
+        exact, predicted = scores.exact_perplexity, scores.predicted_perplexity
+        n_held_out = n_tokens_of(self._held_out)
         statistics = Statistics(
             n_tokens=n_held_out,
             text=f"{self._held_out_name()}; perplexity {exact:.4g}, with predictors {predicted:.4g} "
-            f"({100 * (predicted / exact - 1):+.2f} %)",
+            f"({100 * (scores.ratio - 1):+.2f} %)",
             window_tokens=statistics_tokens,
         )
         total = sum(p.nbytes for p in measured) + self._model.model.verify_nbytes
@@ -172,7 +172,7 @@ class _Run:
         report = CalibrationReport(
             target=self._target,
             predictors=tuple(p.description for p in measured),
-            n_train_tokens=self._division.validation,
+            n_train_tokens=n_tokens_of(self._division.train),
             n_held_out_tokens=n_held_out,
             perplexity=exact,
             predicted_perplexity=predicted,
@@ -205,17 +205,19 @@ class _Run:
         return Choice(choice.predictors, self._cost("gate", choice.predictors) <= options.target.value)
 
     def _sample(self) -> ValueSample:
-        """Values of the first tokens, which are neither validation nor held out."""
+        """Values of the first tokens that are neither validation nor held out."""
         d = self._model.model.decoder
         sample = ValueSample(d.n_layers, d.ffn.d_ff, d.ffn.activation, self._options.seed)
-        n_tokens = min(_SAMPLED_TOKENS, self._division.validation)
-        for first in range(0, n_tokens, self._division.window):
-            self._model.run(self._text.token_ids[first : first + self._division.window], sample)
-            self._progress("sampling values", first, n_tokens)
+        window = self._division.window
+        starts = [start for first, last in self._division.train for start in range(first, last, window)]
+        starts = starts[: -(-_SAMPLED_TOKENS // window)]
+        for index, start in enumerate(starts):
+            self._model.run(self._text.token_ids[start : start + window], sample)
+            self._progress("sampling values", index, len(starts))
         return sample
 
     def _record(self, cuts: Sequence[Cut]) -> None:
-        ids = self._text.token_ids[self._first : self._division.n_tokens]
+        ids = [token for first, last in self._recorded for token in self._text.token_ids[first:last]]
         counter = _Counter(lambda done: self._progress("recording activity", done, len(ids)))
         record_text(
             self._model,
@@ -227,25 +229,24 @@ class _Run:
             progress=counter.add,
         )
 
-    def _section(self, layer: int, first: int, last: int) -> Section:
-        return Section(self._scratch, layer, self._taps[layer].layer, first - self._first, last - self._first)
+    def _section(self, layer: int, ranges: Ranges) -> Section:
+        return Section(self._scratch, layer, self._taps[layer].layer, located(ranges, self._recorded))
 
     def _fit_sections(self, layer: int) -> tuple[Section, Section]:
-        return self._section(layer, 0, self._division.validation), self._validation(layer)
+        return self._section(layer, self._division.train), self._validation(layer)
 
     def _validation(self, layer: int) -> Section:
-        return self._section(layer, self._division.validation, self._division.held_out)
+        return self._section(layer, self._division.validation)
 
     def _measure(
-        self, predictors: Sequence[FittedPredictor]
+        self, predictors: Sequence[FittedPredictor], perplexity_ratio: float
     ) -> tuple[list[FittedPredictor], dict[int, tuple[F32, F32]], int]:
         """Predictors with their quality, statistics by layer, and the length of the aggregated window curve."""
         measured: list[FittedPredictor] = []
         activity: dict[int, tuple[F32, F32]] = {}
-        d = self._division
-        window = min(self._options.statistics_window, d.n_tokens - d.held_out)
+        window = min(self._options.statistics_window, n_tokens_of(self._held_out))
         for layer, predictor in enumerate(predictors):
-            section = self._section(layer, d.held_out, d.n_tokens)
+            section = self._section(layer, self._held_out)
             tally = measure(predictor, section, self._model.backend)
             quality = Measured(
                 recall=tally.recall,
@@ -253,6 +254,7 @@ class _Run:
                 predicted_fraction=tally.computed_share,
                 n_tokens=tally.n_tokens,
                 text=self._held_out_name(),
+                perplexity_ratio=perplexity_ratio,
             )
             measured.append(predictor.with_measured(quality))
             statistics = ActivityStatistics(predictor.n_neurons, window)
@@ -263,29 +265,9 @@ class _Run:
         return measured, activity, window
 
     def _cost(self, name: str, predictors: Sequence[FittedPredictor]) -> float:
-        """Relative loss of perplexity on validation text."""
-        first, last = self._division.validation, self._division.held_out
-        exact = self._perplexity("validation text, exact", first, last, None)
-        return self._perplexity(f"validation text, {name}", first, last, predictors) / exact - 1
-
-    def _perplexity(self, what: str, first: int, last: int, predictors: Sequence[FittedPredictor] | None) -> float:
-        """Perplexity of a part of the text; kept in the journal."""
-        key = f"perplexity of {what}"
-        known = self._scratch.done(key)
-        if known is not None:
-            return float(known)
-        d = self._model.model.decoder
-        observer = None
-        if predictors is not None:
-            observer = Masking(operating_point(predictors, self._model.backend), d.ffn.d_ff, d.ffn.activation)
-        window = self._division.window
-        windows = text_windows(last - first, window=window, stride=window)
-        counter = _Counter(lambda done: self._progress(key, done, last - first))
-        score = score_text(
-            self._model.watched(observer), self._text.token_ids[first:last], windows, progress=counter.add
-        )
-        self._scratch.finish(key, score.perplexity)
-        return score.perplexity
+        """Relative loss of perplexity to be expected of held-out text at worst, from validation text."""
+        scores = self._runs.paired("validation text", self._division.validation, name, predictors)
+        return scores.loss_bound(n_tokens_of(self._held_out) // self._division.window)
 
     def _held_out_name(self) -> str:
         d = self._division

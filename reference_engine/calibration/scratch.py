@@ -21,6 +21,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from flashfmt.errors import FlashWriteError
+from reference_engine.calibration.division import Ranges
 
 F32 = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -151,32 +152,32 @@ class Scratch:
 
 
 class Section:
-    """Tokens ``[first, last)`` of a layer in a scratch store, as training data.
+    """Some tokens of a layer in a scratch store, as training data.
 
     Parameters
     ----------
     tap_layer : whose inputs are read; the active sets are those of `layer`.
+    ranges : tokens ``[first, last)`` each.
     """
 
-    def __init__(self, scratch: Scratch, layer: int, tap_layer: int, first: int, last: int) -> None:
+    def __init__(self, scratch: Scratch, layer: int, tap_layer: int, ranges: Ranges) -> None:
         self._scratch = scratch
         self._layer = layer
         self._tap_layer = tap_layer
-        self._first = first
-        self._last = last
+        chunk = scratch.chunk_tokens
+        self._pieces = [(at, min(at + chunk, last)) for first, last in ranges for at in range(first, last, chunk)]
 
     @property
     def n_tokens(self) -> int:
         """Tokens in all."""
-        return self._last - self._first
+        return sum(last - first for first, last in self._pieces)
 
     @property
     def n_pieces(self) -> int:
         """Chunks in all."""
-        return -(-self.n_tokens // self._scratch.chunk_tokens)
+        return len(self._pieces)
 
     def piece(self, index: int) -> tuple[F32, Mask]:
         """(inputs float32 [n, d_model], active bool [n, d_ff]) of one chunk."""
-        first = self._first + index * self._scratch.chunk_tokens
-        last = min(first + self._scratch.chunk_tokens, self._last)
+        first, last = self._pieces[index]
         return self._scratch.inputs(self._tap_layer, first, last), self._scratch.active(self._layer, first, last)

@@ -63,6 +63,7 @@ def test_the_file_says_what_the_report_says(calibrated):
             assert (predictor.layer, predictor.kind, predictor.rank) == (layer, "low_rank", 16)
             assert predictor.measured.recall == pytest.approx(0.9, abs=0.03)
             assert predictor.measured.n_tokens == report.n_held_out_tokens == 640
+            assert predictor.measured.perplexity_ratio == pytest.approx(1 + report.perplexity_cost)
             assert "tokens 1920 to 2560" in predictor.measured.text
             _, tensors = model.predictor(layer)
             assert {t.encoding for name, t in tensors.items() if name != "bias"} == {"f16"}
