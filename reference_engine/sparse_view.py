@@ -19,6 +19,7 @@ from reference_engine.sizes import format_size
 from reference_engine.telemetry import PassRecord
 
 _BAR_WIDTH = 24
+_UNLIMITED_WIDTH = 10_000
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def watching(engine: Engine, *, trace: Path | None, live: bool) -> Iterator[None
 
 
 def print_layers(console: Console, engine: Engine) -> None:
-    """Figures of each layer, means of the tokens that were generated one by one."""
+    """Figures of each layer, means of the tokens that were generated one by one; uncut where nobody has a width."""
     if engine.sparse is None:
         return
     totals = engine.sparse.decode_totals
@@ -63,6 +64,8 @@ def print_layers(console: Console, engine: Engine) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in totals.rows(engine.model.decoder.ffn.d_ff):
         table.add_row(*row)
+    if not console.is_terminal:
+        console = Console(file=console.file, width=_UNLIMITED_WIDTH)
     console.print(table)
 
 

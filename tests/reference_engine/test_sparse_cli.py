@@ -35,6 +35,16 @@ def test_stats_are_a_table_of_layers(model):
     assert len(lines[-1]) == 11
 
 
+def test_stats_in_a_pipe_are_not_cut_to_a_width(model, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    result = invoke(run, model, *SHORT, "--selector", "oracle", "--stats")
+    header, *rows = result.stderr.splitlines()[-5:]
+    assert header.split()[:3] == ["layer", "active", "hits"]
+    assert header.split()[-2:] == ["upkeep", "compute"]
+    assert max(map(len, rows)) > 70
+    assert all("…" not in row for row in rows)
+
+
 def test_json_has_the_figures_and_the_trace_the_active_neurons(model, tmp_path):
     trace = tmp_path / "trace.jsonl"
     result = invoke(run, model, *SHORT, "--selector", "oracle", "--window", "paper:2", "--json", "--trace", trace)
