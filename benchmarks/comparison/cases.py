@@ -68,10 +68,11 @@ def _sparse(shape: str, n_slow: int) -> Case:
     )
 
 
-def _sparse_q4(shape: str) -> Case:
+def _sparse_q4(shape: str, limit: str) -> Case:
     names = ("ours-sparse", "ours-sparse-mmap", "naive", "llama.cpp")
+    name = f"sparse-{shape}-q4" if limit == "50%" else f"sparse-{shape}-q4-{limit}"
     return Case(
-        f"sparse-{shape}-q4", shape, "q4", "q4", "50%", names, {"llama.cpp": 8.0}, basis="own", n_tokens=48, n_warm=48
+        name, shape, "q4", "q4", limit, names, {"llama.cpp": 8.0}, basis="own", n_tokens=48, n_warm=48, n_slow=6
     )
 
 
@@ -83,8 +84,9 @@ SUITE: Final[dict[str, Case]] = {
         _resident("llama-1.1b", "q4", 1.0),
         _half("llama-1.1b"),
         _sparse("opt-1.3b", 5),
-        _sparse_q4("opt-1.3b"),
-        _sparse_q4("opt-6.7b"),
+        _sparse_q4("opt-1.3b", "50%"),
+        _sparse_q4("opt-1.3b", "75%"),
+        _sparse_q4("opt-6.7b", "50%"),
         _sparse("opt-6.7b", 3),
         replace(_half("llama-2-7b"), contenders=("ours", "ours-mmap", "llama.cpp"), n_tokens=3, n_slow=3),
     )

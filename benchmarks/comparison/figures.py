@@ -97,10 +97,11 @@ def table(name: str, summary: dict[str, Any]) -> list[str]:
             lines.append(f"  {contender:18} {row['failure']}")
             continue
         low, high = row["range"]
+        peak = row["peak_cgroup_bytes"] or row["peak_process_bytes"]
         lines.append(
             f"  {contender:18} {row['seconds_per_token']:9.4f} {f'{low:.4f}-{high:.4f}':>17} "
             f"{row['first_token_seconds']:10.2f} s {_size(row['bytes_read_per_token']):>11} "
-            f"{_size(row['peak_cgroup_bytes'] or row['peak_process_bytes']):>9} {_size(row['limit']):>9}  {row['n_runs']}"
+            f"{_size(peak):>9} {_size(row['limit']):>9}  {row['n_runs']}"
             + (f", {row['n_failed']} failed" if row["n_failed"] else "")
         )
     for ratio in summary["ratios"]:

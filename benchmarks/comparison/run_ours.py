@@ -37,7 +37,7 @@ from reference_engine.selectors import parse_selector
 from reference_engine.sparse_mode import SparseOptions
 from reference_engine.telemetry import FIGURES
 
-CONTEXT: Final = 256
+LEAST_CONTEXT: Final = 128
 Feed = Callable[[int], object]
 
 
@@ -69,7 +69,7 @@ class MappedBundles:
 
 
 @contextmanager
-def mapped(path: Path) -> Iterator[tuple[Feed, int, Callable[[], dict[str, Any]]]]:
+def mapped(path: Path, context: int) -> Iterator[tuple[Feed, int, Callable[[], dict[str, Any]]]]:
     """Decoding with residents in DRAM and bundles in a map."""
     with flashfmt.open(path) as model:
         backend = load_backend("auto", None)
@@ -84,7 +84,7 @@ def mapped(path: Path) -> Iterator[tuple[Feed, int, Callable[[], dict[str, Any]]
             bundles=MappedBundles(model),
             backend=backend,
         )
-        kv_cache = KvCache(model.decoder, CONTEXT, "f16")
+        kv_cache = KvCache(model.decoder, context, "f16")
         yield lambda token: stack.logits(stack.forward(np.array([token]), kv_cache)), model.decoder.vocab_size, dict
 
 
@@ -138,17 +138,18 @@ def main() -> int:
     """Decode and report."""
     spec = json.loads(sys.argv[1])
     path, mode, n_tokens = Path(spec["path"]), spec["mode"], spec["tokens"]
+    context = max(LEAST_CONTEXT, n_tokens)
     sparse = sparse_options(path, n_tokens, by_mmap=mode == "sparse-mmap") if mode.startswith("sparse") else None
     options = EngineOptions(
         memory=spec["memory"],
-        context_tokens=CONTEXT,
+        context_tokens=context,
         kv_type="f16",
         verify="never" if mode == "naive" else "first",
         sparse=sparse,
     )
     match mode:
         case "exact-mmap":
-            running = mapped(path)
+            running = mapped(path, context)
         case "naive":
             running = naive(path, options)
         case _:
