@@ -8,7 +8,7 @@ One sequence at a time: its KV cache is part of the plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -204,8 +204,11 @@ class Engine:
     def load_nbytes(self) -> int:
         """Bytes that `load` reports to its progress callback."""
         bundles = self.plan.pinned if isinstance(self.plan, MemoryPlan) else 0
-        selectors = sparse_load_nbytes(self.model, self.options.sparse) if self.options.sparse is not None else 0
-        return residents_nbytes(self.model) + bundles + selectors
+        if isinstance(self.plan, SparsePlan) and self.options.sparse is not None:
+            # a device's slots are filled as bundles are wanted
+            sparse = replace(self.options.sparse, preload=self.options.sparse.preload and self._placement is None)
+            bundles = sparse_load_nbytes(self.model, sparse, self.plan.capacities)
+        return residents_nbytes(self.model) + bundles
 
     @property
     def exact_plan(self) -> MemoryPlan:

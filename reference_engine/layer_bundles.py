@@ -10,7 +10,7 @@ Knows: one layer. Does not know: how neurons are selected, arithmetic.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,7 +22,7 @@ from flashfmt.errors import ChecksumError, FlashError, FlashReadError
 from reference_engine.bundle_cache import BundleCache
 from reference_engine.bundle_checksums import Verify, bundle_mismatch
 from reference_engine.flash_io import Pending, RangeReader
-from reference_engine.neuron_window import Ids, NeuronWindow
+from reference_engine.neuron_window import Ids, NeuronWindow, WindowStep
 
 GROUP_BUNDLES: Final = 256  # what arrives together is computed together, while the next group lands
 
@@ -105,7 +105,25 @@ class LayerBundles:
         began = time.perf_counter()
         step = self.window.step(wanted)
         slots = self.cache.apply(step)
-        kept = time.perf_counter()
+        return self._begin(step, slots, time.perf_counter() - began, ahead=ahead)
+
+    def preload(self, tokens: Iterable[Ids]) -> Fetch:
+        """Hold what the window holds behind some tokens that nothing is computed of, and begin to read it.
+
+        Nothing must have been fetched before.
+
+        Raises
+        ------
+        FlashReadError
+            If the reader is closed.
+        """
+        for active in tokens:
+            self.cache.apply(self.window.step(active))
+        held = np.sort(self.cache.held())
+        return self._begin(WindowStep(held[:0], held, held[:0]), self.cache.slots(held), 0.0, ahead=False)
+
+    def _begin(self, step: WindowStep, slots: Slots, upkeep_seconds: float, *, ahead: bool) -> Fetch:
+        """Begin to read what a step misses to its slots."""
         groups: list[_Group] = []
         fetch = Fetch(self, step.hits, step.missing, len(step.evicted), groups)
         try:
@@ -118,7 +136,7 @@ class LayerBundles:
             raise
         plans = [group.pending.plan for group in groups]
         fetch.costs = Costs(
-            upkeep_seconds=kept - began,
+            upkeep_seconds=upkeep_seconds,
             n_requests=sum(len(plan) for plan in plans),
             bytes_read=sum(int(plan.nbytes.sum()) for plan in plans),
         )

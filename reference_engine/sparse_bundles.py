@@ -14,7 +14,7 @@ Knows: the order of these steps. Does not know: how bundles are read and kept (`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -110,6 +110,23 @@ class SparseBundles:
         except BaseException:
             self.close()
             raise
+
+    def preload(self, layer: int, tokens: Iterable[Ids], progress: Callable[[int], None] | None = None) -> None:
+        """Fill the slots of a layer with what its window holds behind `tokens`, before anything is computed.
+
+        Parameters
+        ----------
+        progress : called with bytes of bundles as they arrive.
+
+        Raises
+        ------
+        FlashReadError, ChecksumError
+            Naming layer, neuron and byte offset.
+        """
+        held = self._layers[layer]
+        for ids, _ in held.preload(tokens).arrivals():
+            if progress is not None:
+                progress(len(ids) * held.info.geometry.stride)
 
     def watch(self, observer: Observer) -> None:
         """Call `observer` with the record of every pass to come, at its end."""

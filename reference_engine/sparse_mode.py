@@ -6,7 +6,7 @@ Knows: how the parts of sparse mode fit together. Does not know: their insides.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +16,9 @@ from flashfmt.errors import PromptError
 from reference_engine.backends import Backend
 from reference_engine.bundle_checksums import Verify
 from reference_engine.flash_io import IO_ALIGNMENT, IoTuning, RangeReader, open_reader
-from reference_engine.neuron_window import DEFAULT_WINDOW, NeuronWindow
+from reference_engine.neuron_window import DEFAULT_WINDOW, Ids, NeuronWindow
 from reference_engine.plan import FixedParts
+from reference_engine.preloading import likely_tokens
 from reference_engine.selectors import (
     SelectorChoice,
     TappedSelector,
@@ -50,6 +51,7 @@ class SparseOptions:
     open_reader : opens a file of bundles for reading; None takes the best way that works here.
     overlap : compute with the bundles that are held while the others are read; without it, wait for all of them first.
     substitute : puts others in the place of the loaded selectors, for measurements with activity that is given.
+    preload : fill the slots while loading, where the file has statistics that say with what.
     """
 
     selector: SelectorChoice
@@ -58,6 +60,7 @@ class SparseOptions:
     open_reader: OpenReader | None = None
     overlap: bool = True
     substitute: Callable[[list[TappedSelector]], list[TappedSelector]] | None = None
+    preload: bool = True
 
     @property
     def choices(self) -> tuple[SelectorChoice, ...]:
@@ -76,9 +79,15 @@ def sparse_selectors_nbytes(model: FlashModel, options: SparseOptions) -> int:
     return sum(selectors_nbytes(model, choice) for choice in options.choices)
 
 
-def sparse_load_nbytes(model: FlashModel, options: SparseOptions) -> int:
-    """Bytes that `load_sparse` reports to its progress callback."""
-    return sum(selectors_load_nbytes(model, choice) for choice in options.choices)
+def sparse_load_nbytes(model: FlashModel, options: SparseOptions, capacities: Sequence[int]) -> int:
+    """Bytes that `load_sparse` reports to its progress callback with so many slots in each layer."""
+    nbytes = sum(selectors_load_nbytes(model, choice) for choice in options.choices)
+    for layer, tokens in _likely_tokens(model, options, capacities):
+        window = options.window.build(model.decoder.ffn.d_ff, capacities[layer])
+        for active in tokens:
+            window.step(active)
+        nbytes += len(window.held()) * model.layers[layer].geometry.stride
+    return nbytes
 
 
 def plan_sparse_mode(model: FlashModel, fixed: FixedParts, ceiling: int, context_tokens: int) -> SparsePlan:
@@ -107,12 +116,12 @@ def load_sparse(
     verify: Verify,
     progress: Callable[[int], None] | None = None,
 ) -> SparseBundles:
-    """Load the selectors and open the files; bundles come when they are first wanted.
+    """Load the selectors, open the files, and fill the slots where `options` and statistics say with what.
 
     Raises
     ------
     FlashReadError, ChecksumError
-        If a selector cannot be read.
+        If a selector, or a bundle to begin with, cannot be read.
     FlashError
         If the selectors do not go with the model, or with each other.
     """
@@ -125,7 +134,7 @@ def load_sparse(
             raise PromptError("a selector that decides beside a prefetching one looks at the FFN input itself")
         hints = load_selectors(model, options.prefetch, backend, verify=verify, progress=progress)
     n_neurons = model.decoder.ffn.d_ff
-    return SparseBundles(
+    bundles = SparseBundles(
         model,
         selectors=selectors,
         hints=hints,
@@ -135,6 +144,23 @@ def load_sparse(
         overlap=options.overlap,
         verify=verify,
     )
+    try:
+        for layer, tokens in _likely_tokens(model, options, plan.capacities):
+            bundles.preload(layer, tokens, progress)
+    except BaseException:
+        bundles.close()
+        raise
+    return bundles
+
+
+def _likely_tokens(
+    model: FlashModel, options: SparseOptions, capacities: Sequence[int]
+) -> Iterator[tuple[int, Iterator[Ids]]]:
+    """(layer, made-up tokens that its window is to begin with), for the layers that the file has statistics of."""
+    for layer in range(model.decoder.n_layers):
+        statistics = model.statistics(layer) if options.preload else None
+        if statistics is not None:
+            yield layer, likely_tokens(statistics["firing_frequency"], capacities[layer])
 
 
 def _curves(model: FlashModel) -> list[tuple[F64, F64]] | None:
