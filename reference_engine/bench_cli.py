@@ -25,9 +25,10 @@ from reference_engine.bench.tables import tables
 from reference_engine.cli import ENGINE_OPTIONS, engine_options
 from reference_engine.flash_io.device_profile import cache_directory
 from reference_engine.sizes import parse_size
-from reference_engine.synthetic import SHAPES
+from reference_engine.synthetic import SHAPES, Shape
 
 _WEIGHTS: Final = ("f32", "f16", "bf16", "q8", "q4")
+_FLOOR_SECONDS: Final = 0.25  # for each way to read the device
 _WIDTH: Final = 180  # of the tables where there is no terminal
 
 
@@ -46,6 +47,12 @@ def _ceiling(ctx: click.Context, param: click.Parameter, value: str | None) -> C
     return Ceiling(share=share)
 
 
+def _shape(ctx: click.Context, param: click.Parameter, value: str | None) -> Shape | None:
+    if value is not None and value not in SHAPES:
+        raise click.BadParameter(f"{value!r} is none of {', '.join(SHAPES)}", ctx, param)
+    return None if value is None else SHAPES[value]
+
+
 def _rows(ctx: click.Context, param: click.Parameter, value: str | None) -> list[RowName]:
     """Rows in their order, whatever the order they are named in."""
     asked = ROW_NAMES if value is None else [name.strip() for name in value.split(",")]
@@ -59,7 +66,8 @@ def _rows(ctx: click.Context, param: click.Parameter, value: str | None) -> list
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--like",
-    type=click.Choice(list(SHAPES)),
+    "shape",
+    callback=_shape,
     metavar="NAME",
     help=f"Instead of MODEL: random weights in the shapes of a real one: {', '.join(SHAPES)}.",
 )
@@ -119,7 +127,7 @@ def bench(
     /,
     model: Path | None,
     *,
-    like: str | None,
+    shape: Shape | None,
     keep: bool,
     cache: Path | None,
     residents: str,
@@ -134,14 +142,14 @@ def bench(
     token uses are drawn to have the statistics that the paper gives for OPT-6.7B, unless --selector or --exact say
     otherwise, or the activation is not sparse.
     """
-    _refuse(ctx, model, like)
+    _refuse(ctx, model, shape)
     encoding = Encoding(options.pop("encoding"))
-    request = _request(ctx, like, options)
+    request = _request(ctx, shape, options)
     with ExitStack() as stack:
         progress = stack.enter_context(shown(quiet=quiet))
-        if like is not None:
+        if shape is not None:
             files = SyntheticFiles(
-                SHAPES[like],
+                shape,
                 cache or cache_directory() / "flashfmt" / "bench",
                 residents=Encoding(residents),
                 keep=keep,
@@ -159,10 +167,10 @@ def bench(
         _print(report)
 
 
-def _refuse(ctx: click.Context, model: Path | None, like: str | None) -> None:
+def _refuse(ctx: click.Context, model: Path | None, shape: Shape | None) -> None:
     """Refuse combinations of options that mean nothing."""
     options = ctx.params
-    if (model is None) == (like is None):
+    if (model is None) == (shape is None):
         raise click.UsageError("give either MODEL or --like")
     if model is not None:
         for name in ("exact", "encoding", "residents", "cache", "keep"):
@@ -176,12 +184,12 @@ def _refuse(ctx: click.Context, model: Path | None, like: str | None) -> None:
         raise click.UsageError("--ablation and --compare are for the CPU")
 
 
-def _request(ctx: click.Context, like: str | None, options: dict[str, Any]) -> Request:
+def _request(ctx: click.Context, shape: Shape | None, options: dict[str, Any]) -> Request:
     """The request that the options speak of; takes out what is not the engine's."""
     ablation, exact, rows = options.pop("ablation"), options.pop("exact"), options.pop("rows")
     if ablation and not _is_given(ctx, "verify"):
         options["verify"] = "never"  # the paper has no checksums, and a few tokens would be all first reads
-    is_sparse = like is not None and (SHAPES[like].is_sparse or ablation)
+    is_sparse = shape is not None and (shape.is_sparse or ablation)
     prompt_tokens, seconds, ceiling = (options.pop(name) for name in ("prompt_tokens", "seconds", "ceiling"))
     n_tokens, n_sequences, text = (options.pop(name) for name in ("n_tokens", "repeats", "text"))
     with_floor, seed, window = options.pop("compare"), options.pop("seed"), options["window"]
@@ -197,7 +205,7 @@ def _request(ctx: click.Context, like: str | None, options: dict[str, Any]) -> R
         text=text,
         rows=rows if ablation else None,
         with_activity=is_sparse and engine.sparse is None and not exact,
-        with_floor=with_floor,
+        floor_seconds=_FLOOR_SECONDS if with_floor else None,
         seed=seed,
     )
 

@@ -42,6 +42,7 @@ RowName = Literal[
 PUBLISHED_MODEL: Final = "opt-6.7b"
 PAPER_WINDOW: Final = WindowChoice("paper", 5)
 WARM_UP_TOKENS: Final = 16  # until a window has settled
+_FIRST_TOKENS: Final = {"naive": 0, "dense": 0, "sparse": 2}  # without a window: memory is touched for the first time
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ def run_row(
     path = subjects.path(spec.encoding)
     label = spec.label.format(window=window.rule)
     settles = spec.keeps != "nothing"
-    effort = dataclasses.replace(effort, n_warm_up=WARM_UP_TOKENS if settles else 0)
+    effort = dataclasses.replace(effort, n_warm_up=WARM_UP_TOKENS if settles else _FIRST_TOKENS[spec.kind])
     with flashfmt.open(path) as model:
         opener = _opener(model, spec)
         kept = 0
@@ -176,7 +177,9 @@ def run_row(
             label=label,
             encoding=str(model.layers[0].encoding),
             model_bytes=model.nbytes,
+            n_neurons=sum(info.geometry.n_neurons for info in model.layers),
             kept_bytes=kept,
+            keeps=settles,
             waits=spec.waits,
             n_warm_up=effort.n_warm_up,
             run=run,

@@ -28,7 +28,6 @@ from reference_engine.selectors import SelectorChoice, selectors_nbytes
 
 _RANDOM_DEPTHS: Final = (32, 128, 512)
 _SEQUENTIAL_DEPTHS: Final = (2, 8)
-_SECONDS: Final = 0.25  # for each way to read; each is measured twice
 _MEMORY_BYTES: Final = 512 << 20
 _MEMORY_SHARE: Final = 4  # of what is free, at most this part is read through
 _MEMORY_ROUNDS: Final = 8
@@ -41,11 +40,11 @@ class Machine:
     Parameters
     ----------
     n_threads : that read memory at once.
-    seconds : for each way to read the device.
+    seconds : for each way to read the device; each is measured twice.
     """
 
     n_threads: int
-    seconds: float = _SECONDS
+    seconds: float
     _memory: float | None = None
     _reads: dict[tuple[Path, int, Pattern], float] = field(default_factory=dict)
 

@@ -19,7 +19,7 @@ from reference_engine.bench.activity import PUBLISHED, SyntheticActivity, fit
 from reference_engine.bench.floor import Machine, dense_floor, sparse_floor
 from reference_engine.bench.machine_description import describe_machine
 from reference_engine.bench.replay import replaying
-from reference_engine.bench.results import ActivityReport, Floor, Report, RunResult
+from reference_engine.bench.results import AblationRow, ActivityReport, Floor, Report, RunResult
 from reference_engine.bench.single import Effort, measure_engine, prompt_ids, with_room
 from reference_engine.bench.synthetic_files import Report as Progress
 from reference_engine.bench.synthetic_files import SyntheticFiles
@@ -57,7 +57,7 @@ class Request:
     n_tokens, seconds, n_sequences : see `Effort`.
     rows : of an ablation; None measures one run.
     with_activity : replay synthetic activity.
-    with_floor : measure what the machine allows.
+    floor_seconds : measure what the machine allows, so long for each way to read; None to leave it.
     """
 
     options: EngineOptions
@@ -70,7 +70,7 @@ class Request:
     text: Path | None = None
     rows: Sequence[RowName] | None = None
     with_activity: bool = False
-    with_floor: bool = False
+    floor_seconds: float | None = None
     seed: int = 0
 
     @property
@@ -105,7 +105,9 @@ def perform(request: Request, source: Path | SyntheticFiles, encoding: Encoding,
         n_drawn = min(max(n_fed * request.n_sequences, _MIN_ACTIVITY_TOKENS), _MAX_ACTIVITY_TOKENS)
         activity = SyntheticActivity(fit(PUBLISHED), decoder.n_layers, decoder.ffn.d_ff, n_drawn, request.seed)
     selector = SelectorChoice("file" if manifest.predictors or activity is None else "all")
-    machine = Machine(options.n_threads or os.cpu_count() or 1) if request.with_floor else None
+    machine = None
+    if request.floor_seconds is not None:
+        machine = Machine(options.n_threads or os.cpu_count() or 1, request.floor_seconds)
     report = Report(
         machine=describe_machine(path),
         settings=_settings(request, options),
@@ -129,7 +131,6 @@ def perform(request: Request, source: Path | SyntheticFiles, encoding: Encoding,
         activity=activity,
     )
     wanted = [spec for spec in ROWS if spec.name in request.rows]
-    left_out = tuple(_left_out(wanted, subjects))
     rows = tuple(
         run_row(
             spec,
@@ -144,7 +145,8 @@ def perform(request: Request, source: Path | SyntheticFiles, encoding: Encoding,
         for spec in wanted
         if subjects.why_not(spec) is None
     )
-    return dataclasses.replace(report, rows=rows, left_out=left_out)
+    notes = (*_left_out(wanted, subjects), *_without_window(rows))
+    return dataclasses.replace(report, rows=rows, notes=notes)
 
 
 def _left_out(wanted: Sequence[RowSpec], subjects: Subjects) -> Iterator[str]:
@@ -152,6 +154,15 @@ def _left_out(wanted: Sequence[RowSpec], subjects: Subjects) -> Iterator[str]:
         reason = subjects.why_not(spec)
         if reason is not None:
             yield f"left out: {spec.label}: {reason}"
+
+
+def _without_window(rows: Sequence[AblationRow]) -> Iterator[str]:
+    for row in rows:
+        if row.held_share is not None and row.run.costs.n_active > row.held_share * row.n_neurons * row.run.n_tokens:
+            yield (
+                f"{row.label}: the ceiling leaves slots for {row.held_share:.1%} of the neurons, fewer than a token "
+                "uses, so no window can be held: give more memory, or --residents q8"
+            )
 
 
 def _single(

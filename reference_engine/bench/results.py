@@ -152,20 +152,29 @@ class AblationRow:
     Attributes
     ----------
     kept_bytes : weights that stay in memory from token to token; computed from what the engine holds.
+    keeps : whether bundles stay from token to token.
     waits : whether all reads are waited for before anything is computed with, so that reading has a time of its own.
-    model_bytes : size of the file.
+    model_bytes, n_neurons : size of the file, and neurons of all its layers.
     """
 
     name: str
     label: str
     encoding: str
     model_bytes: int
+    n_neurons: int
     kept_bytes: int
+    keeps: bool
     waits: bool
     n_warm_up: int
     run: RunResult
     published: PublishedRow | None
     floor: Floor | None = None
+
+    @property
+    def held_share(self) -> float | None:
+        """Share of the neurons that there are slots for; None where none are kept."""
+        share: float | None = self.run.plan.get("held_share") if self.keeps else None
+        return share
 
     @property
     def io_seconds(self) -> float:
@@ -196,6 +205,7 @@ class AblationRow:
             "encoding": self.encoding,
             "model_bytes": self.model_bytes,
             "kept_bytes": self.kept_bytes,
+            "held_share": self.held_share,
             "bytes_per_token": self.run.bytes_per_token,
             "requests_per_token": self.run.requests_per_token,
             "bytes_per_second": self.bytes_per_second,
@@ -228,6 +238,7 @@ class Report:
     model, model_bytes : name and size of the file.
     is_synthetic : whether the weights are random.
     activity : None where neurons are selected by looking, or not at all.
+    notes : what a reader of the rows should know: which are missing, and why.
     """
 
     machine: dict[str, Any]
@@ -239,7 +250,7 @@ class Report:
     run: RunResult | None = None
     floor: Floor | None = None
     rows: tuple[AblationRow, ...] = ()
-    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The same for JSON."""
@@ -256,5 +267,5 @@ class Report:
             found["floor"] = None if floor is None else floor.as_dict(self.run.seconds_per_token)
         if self.rows:
             found["rows"] = [row.as_dict() for row in self.rows]
-            found["left_out"] = list(self.left_out)
+            found["notes"] = list(self.notes)
         return found

@@ -40,7 +40,7 @@ def tables(report: Report) -> Iterator[RenderableType]:
         yield _ablation(report.rows)
         if report.rows[0].floor is not None:
             yield _floors(report.rows)
-    for line in report.left_out:
+    for line in report.notes:
         yield Text(line)
 
 
@@ -114,7 +114,7 @@ def _floor(floor: Floor, run: RunResult) -> Table:
 
 def _ablation(rows: tuple[AblationRow, ...]) -> Table:
     table = _table("", "one row on top of the other; milliseconds a token")
-    for name in ("DRAM GB", "read", "requests", "GB/s", "I/O", "memory", "compute", "total", "tokens"):
+    for name in ("DRAM GB", "slots", "read", "requests", "GB/s", "I/O", "memory", "compute", "total", "tokens"):
         table.add_column(name, justify="right")
     with_published = any(row.published for row in rows)
     if with_published:
@@ -123,6 +123,7 @@ def _ablation(rows: tuple[AblationRow, ...]) -> Table:
         cells = [
             row.label,
             f"{row.kept_bytes / _GB:.2f}",
+            "" if row.held_share is None else f"{row.held_share:.1%}",
             _amount(row.run.bytes_per_token),
             f"{row.run.requests_per_token:.0f}",
             "-" if row.bytes_per_second is None else f"{row.bytes_per_second / _GB:.2f}",
@@ -137,8 +138,9 @@ def _ablation(rows: tuple[AblationRow, ...]) -> Table:
             cells.append("" if p is None else f"{p.dram_gb:g} GB, {p.transferred_gb:g} GB, {p.io_ms:g} ms")
         table.add_row(*cells)
     table.caption = (
-        "DRAM: weights kept from token to token. I/O: computing stood still; where it overlaps, reading has no speed "
-        "of its own (-). memory: windows and caches. compute: all else, predictors included."
+        "DRAM: weights kept from token to token; slots: neurons there is room for. I/O: computing stood still; where "
+        "it overlaps, reading has no speed of its own (-). memory: windows and caches. compute: all else, predictors "
+        "included."
     )
     table.caption_justify = "left"
     return table
