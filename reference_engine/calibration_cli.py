@@ -112,7 +112,14 @@ _QUIET = click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
     show_default=True,
     help="Of low-rank matrices.",
 )
-@click.option("--epochs", type=click.IntRange(0), default=4, show_default=True, help="Passes over the text in fitting.")
+@click.option(
+    "--fit",
+    type=click.Choice(["auto", "numpy", "torch"]),
+    default="auto",
+    show_default=True,
+    help="Low-rank predictors with numpy or torch; auto: torch where it finds a GPU.",
+)
+@click.option("--epochs", type=click.IntRange(0), default=4, show_default=True, help="Most passes over the text.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--keep-scratch", is_flag=True, help="Leave the recorded activations beside the output.")

@@ -21,6 +21,7 @@ from reference_engine.fitted_predictor import FittedPredictor
 from reference_engine.observation import Cut, ObservedModel
 from reference_engine.operating_points import OperatingPoint, Tally
 from reference_engine.predictor_training import CutCurve, LowRankFit, TrainingOptions, choose_rank, cut_curve
+from reference_engine.training import load_fitter
 from reference_engine.value_cuts import ValueSample, natural_cut
 
 RECALLS: Final = tuple(round(1 - 0.5 * 0.8**i, 5) for i in range(31))  # 0.5 to 0.9994
@@ -65,7 +66,15 @@ def fit_layers(
         name = f"fit-{layer}"
         if scratch.done(name) is None:
             stride = info.geometry.stride
-            choice = choose_rank(train, validation, ranks, recall=recall, bundle_stride=stride, options=training)
+            choice = choose_rank(
+                train.in_memory(),
+                validation.in_memory(),
+                ranks,
+                recall=recall,
+                bundle_stride=stride,
+                options=training,
+                fitter=load_fitter(options.fit),
+            )
             fit, curve = choice.fit, choice.curve
             scratch.save_arrays(name, {"down": fit.down, "up": fit.up, "bias": fit.bias})
             scratch.finish(name)

@@ -12,6 +12,7 @@ import msgspec
 from flashfmt.encodings import Encoding
 from flashfmt.manifest import Predictor
 from reference_engine.models.weights import TapPoint
+from reference_engine.training import FitChoice
 
 KindChoice = Literal["auto", "low_rank", "low_bit_gate"]
 RANKS: Final = (16, 32, 64, 128, 256)
@@ -63,6 +64,7 @@ class CalibrationOptions:
     active_share : for ``low_bit_gate`` with a recall target: which share of the neurons counts as active.
     tap, ahead : the activation that predictors read, and how many layers before their own.
     encoding : of low-rank matrices.
+    fit : what low-rank predictors are fitted with: numpy, torch, or torch only where it finds a GPU.
     epochs, learning_rate, seed : of the fit.
     window : tokens of text computed from an empty context; None takes the model's context, at most 512.
     statistics_window : longest window of the aggregated window curve.
@@ -77,6 +79,7 @@ class CalibrationOptions:
     tap: TapPoint = "ffn_input"
     ahead: int = 0
     encoding: Encoding = Encoding.F16
+    fit: FitChoice = "auto"
     epochs: int = 4
     learning_rate: float = 0.01
     seed: int = 0

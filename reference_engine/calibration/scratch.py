@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,6 +53,7 @@ class Scratch:
         self.path = path
         self.n_tokens = n_tokens
         self.chunk_tokens = chunk_tokens
+        self.d_model = d_model
         self.d_ff = d_ff
         self._journal: dict[str, Any] = {}
         self.resumed = self._continue(fingerprint)
@@ -109,6 +111,15 @@ class Scratch:
         packed = np.asarray(self._arrays[layer, "active"][first:last])
         return np.unpackbits(packed, axis=1, count=self.d_ff).view(np.bool_)
 
+    def stored(
+        self, tap_layer: int, layer: int, first: int, last: int
+    ) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
+        """(inputs of one layer, active sets of another) as they are stored, copies."""
+        return (
+            np.asarray(self._arrays[tap_layer, "inputs"][first:last]),
+            np.asarray(self._arrays[layer, "active"][first:last]),
+        )
+
     def save_arrays(self, name: str, arrays: dict[str, npt.NDArray[Any]]) -> None:
         """Keep some arrays under a name; a step that relies on them is finished after that."""
         path = self.path / f"{name}.npz"
@@ -164,6 +175,7 @@ class Section:
         self._scratch = scratch
         self._layer = layer
         self._tap_layer = tap_layer
+        self._ranges = ranges
         chunk = scratch.chunk_tokens
         self._pieces = [(at, min(at + chunk, last)) for first, last in ranges for at in range(first, last, chunk)]
 
@@ -181,3 +193,35 @@ class Section:
         """(inputs float32 [n, d_model], active bool [n, d_ff]) of one chunk."""
         first, last = self._pieces[index]
         return self._scratch.inputs(self._tap_layer, first, last), self._scratch.active(self._layer, first, last)
+
+    def in_memory(self, limit: int = 1 << 29) -> Section | HeldSection:
+        """The same as it lies on disk, read once and held, if that takes at most `limit` bytes; else itself."""
+        width = 2 * self._scratch.d_model + -(-self._scratch.d_ff // 8)
+        if self.n_tokens * width > limit:
+            return self
+        stored = [self._scratch.stored(self._tap_layer, self._layer, *bounds) for bounds in self._ranges]
+        return HeldSection(stored, self._scratch.chunk_tokens, self._scratch.d_ff)
+
+
+class HeldSection:
+    """Some tokens of a layer in memory, as they are stored: of each range (inputs float16, packed active sets)."""
+
+    def __init__(
+        self, stored: Sequence[tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]], chunk_tokens: int, d_ff: int
+    ) -> None:
+        self._d_ff = d_ff
+        self._pieces = [
+            (inputs[at : at + chunk_tokens], packed[at : at + chunk_tokens])
+            for inputs, packed in stored
+            for at in range(0, len(inputs), chunk_tokens)
+        ]
+
+    @property
+    def n_pieces(self) -> int:
+        """Chunks in all."""
+        return len(self._pieces)
+
+    def piece(self, index: int) -> tuple[F32, Mask]:
+        """(inputs float32 [n, d_model], active bool [n, d_ff]) of one chunk; copies."""
+        inputs, packed = self._pieces[index]
+        return inputs.astype(np.float32), np.unpackbits(packed, axis=1, count=self._d_ff).view(np.bool_)

@@ -36,6 +36,18 @@ def test_a_section_pairs_inputs_of_one_layer_with_activity_of_another(recorded):
     np.testing.assert_array_equal(np.concatenate([p[1] for p in pieces]), active[1, tokens])
 
 
+def test_a_section_held_in_memory_has_the_same_pieces(recorded):
+    section = Section(recorded[0], layer=1, tap_layer=0, ranges=((1, 7), (8, 10)))
+    held = section.in_memory()
+    assert held is not section
+    assert held.n_pieces == section.n_pieces
+    for index in range(held.n_pieces):
+        for stored, read in zip(held.piece(index), section.piece(index), strict=True):
+            np.testing.assert_array_equal(stored, read)
+    assert section.in_memory(limit=8 * (2 * 4 + 2)) is not section
+    assert section.in_memory(limit=8 * (2 * 4 + 2) - 1) is section
+
+
 def test_values_beyond_float16_are_clipped(tmp_path):
     scratch = Scratch(tmp_path / "s", "a", **SIZES)
     scratch.write(0, 0, inputs=np.full((4, 4), 1e9, np.float32))
