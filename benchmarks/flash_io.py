@@ -1,10 +1,13 @@
 """Speed of flash reads against fio in the same run: ``python benchmarks/flash_io.py [DIRECTORY] [--json FILE]``.
 
-Random reads of 16 KiB by every backend at several depths, and sequential reads by `CyclicStream` (what exact mode
-uses) and by a `RangeReader`. All cases take turns in every round, because a shared disk changes its speed from one
-second to the next; figures are medians over the rounds, ratios are medians of the ratios within a round. Processor
-seconds count user and system time of the whole process. Without fio, the ratios are left out. The load average is
-reported with the results: other programs slow all of this down, and raise processor time too.
+Random reads of 16 KiB: by every backend with a queue kept full, against fio with the same depth and its other options
+at their defaults (it begins each read by itself, as soon as there is room); and n at a time, all begun at once and
+waited for, as a layer's misses are, against fio told to do the same. A line tells what fio does when told to begin
+reads by 16, with registered buffers and file. Sequential reads by `CyclicStream` (what exact mode uses) and by a
+`RangeReader`. All cases take turns in every round, because a shared disk changes its speed from one second to the
+next; figures are medians over the rounds, ratios are medians of the ratios within a round. Processor seconds count
+user and system time of the whole process. Without fio, the ratios are left out. The load average is reported with the
+results: other programs slow all of this down, and raise processor time too.
 """
 
 from __future__ import annotations
@@ -38,8 +41,11 @@ from reference_engine.flash_io.device_measurement import Case, measure_case, tem
 ROW = 16 << 10
 STREAM_BLOCK = 2 << 20
 DEPTHS = (32, 128, 512)
+BATCHES = (16, 64, 256, 400)
 STREAM_DEPTH = 2
+N_DRAWN = 256  # batches of rows that are drawn before the clock runs
 FIO_ENGINES: dict[BackendName, str] = {"uring": "io_uring", "aio": "libaio", "pread": "io_uring"}
+FIO_TUNED = {"fixedbufs": 1, "registerfiles": 1, "iodepth_batch_submit": 16, "iodepth_batch_complete_max": 512}
 GIB = 2**30
 
 Figures = tuple[float, float]  # bytes a second, processor seconds per GiB
@@ -47,8 +53,8 @@ Figures = tuple[float, float]  # bytes a second, processor seconds per GiB
 
 def fio(path: Path, engine: str, seconds: float, **options: Any) -> Figures:
     """One run of fio with direct reads; `options` are fio's own."""
-    command = ["fio", "--name=read", f"--filename={path}", f"--ioengine={engine}", f"--runtime={seconds}"]
-    command += ["--direct=1", "--readonly", "--time_based", "--output-format=json"]
+    command = ["fio", "--name=read", f"--filename={path}", f"--ioengine={engine}", "--output-format=json"]
+    command += ["--direct=1", "--readonly", "--time_based", f"--runtime={round(1000 * seconds)}ms"]
     command += [f"--{name}={value}" for name, value in options.items()]
     job = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["jobs"][0]
     cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["read"]["runtime"] / 1000
@@ -66,12 +72,13 @@ def batches_of(path: Path, n_rows: int, seconds: float) -> Figures:
     reader = open_reader(path, tuning=IoTuning(gap_bytes=0))
     rng = np.random.default_rng(time.time_ns())
     buffer = aligned_empty(n_rows * ROW)
+    buffer[:: 4 << 10] = 0
     positions = np.arange(n_rows) * ROW
     n_all = path.stat().st_size // ROW
+    batches = [np.sort(rng.choice(n_all, n_rows, replace=False, shuffle=False)) * ROW for _ in range(N_DRAWN)]
     cpu, started, n = time.process_time(), time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        rows = np.sort(rng.choice(n_all, n_rows, replace=False, shuffle=False))
-        reader.submit(rows * ROW, ROW, buffer, positions).wait()
+        reader.submit(batches[n // (n_rows * ROW) % N_DRAWN], ROW, buffer, positions).wait()
         n += n_rows * ROW
     elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu
     reader.close()
@@ -98,11 +105,13 @@ def plan_cases(path: Path, seconds: float, *, with_fio: bool) -> list[tuple[str,
     found: list[tuple[str, str | None, Callable[[], Figures]]] = []
     for depth in DEPTHS:
         label = f"random 16 KiB, depth {depth}"
-        found += [
-            (f"{label}: fio {engine}", None, partial(fio, path, engine, seconds, rw="randread", bs=ROW, iodepth=depth))
-            for engine in dict.fromkeys(FIO_ENGINES.values())
-            if with_fio
-        ]
+        random = {"rw": "randread", "bs": ROW, "iodepth": depth}
+        if with_fio:
+            found += [
+                (f"{label}: fio {engine}", None, partial(fio, path, engine, seconds, **random))
+                for engine in dict.fromkeys(FIO_ENGINES.values())
+            ]
+            found.append((f"{label}: fio, tuned", None, partial(fio, path, "io_uring", seconds, **random, **FIO_TUNED)))
         found += [
             (
                 f"{label}: {name}",
@@ -111,11 +120,14 @@ def plan_cases(path: Path, seconds: float, *, with_fio: bool) -> list[tuple[str,
             )
             for name, engine in FIO_ENGINES.items()
         ]
-    found += [
-        (f"random 16 KiB, {n} at a time, waited for: auto", "random 16 KiB, depth 32: fio io_uring",
-         partial(batches_of, path, n, seconds))
-        for n in (64, 256)
-    ]  # fmt: skip
+    for n in BATCHES:
+        label = f"random 16 KiB, {n} at a time, waited for"
+        baseline = f"{label}: fio io_uring"
+        if with_fio:
+            together = dict.fromkeys(("iodepth", "iodepth_batch_submit", "iodepth_batch_complete_min"), n)
+            options = {"rw": "randread", "bs": ROW, "iodepth_batch_complete_max": n, "iodepth_low": 0, **together}
+            found.append((baseline, None, partial(fio, path, "io_uring", seconds, **options)))
+        found.append((f"{label}: auto", baseline, partial(batches_of, path, n, seconds)))
     label = f"sequential 2 MiB, depth {STREAM_DEPTH}"
     baseline = f"{label}: fio io_uring"
     if with_fio:

@@ -26,7 +26,14 @@ from reference_engine.flash_io.device_measurement import (
     measure,
     temporary_file,
 )
-from reference_engine.flash_io.device_profile import DeviceProfile, Measurement, device_name, load_profile, save_profile
+from reference_engine.flash_io.device_profile import (
+    DeviceProfile,
+    Measurement,
+    device_name,
+    load_profile,
+    request_limit,
+    save_profile,
+)
 from reference_engine.sizes import format_size, parse_size
 
 _MIN_BYTES: Final = 64 << 20
@@ -76,7 +83,8 @@ def doctor(path: Path, size: int, seconds: float, *, show: bool, as_json: bool, 
 
 def _measure(path: Path, size: int, seconds: float, *, quiet: bool) -> list[Measurement]:
     directory = path if path.is_dir() else path.absolute().parent
-    wanted = cases(BACKEND_NAMES, BLOCKS, DEPTHS)
+    limit = request_limit(directory)
+    wanted = cases(BACKEND_NAMES, BLOCKS, [depth for depth in DEPTHS if limit is None or depth <= limit])
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
         task = progress.add_task("writing the test file", total=2 * len(wanted))
         with temporary_file(directory, size) as file:

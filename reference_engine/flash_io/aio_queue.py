@@ -37,14 +37,10 @@ class AioQueue:
     """
 
     def __init__(self, fd: int, depth: int) -> None:
-        context = np.zeros(1, np.uint64)
-        result = linux_syscalls.io_setup(depth, context.ctypes.data)
-        if result < 0:
-            raise OSError(-result, f"io_setup: {os.strerror(-result)}")
-        self._context = int(context.view(np.int64)[0])
         self._fd = fd
         self.depth = depth
-        self._events = np.zeros(depth, _EVENT)
+        self._context = _set_up(depth)
+        self._events = np.zeros(depth, _EVENT)  # those not taken yet come first, and have tags above 0
 
     def prepare(self, plan: RequestPlan, first_tag: int) -> Entries:
         """Control blocks; see `KernelQueue.prepare`."""
@@ -60,17 +56,39 @@ class AioQueue:
             raise OSError(-result, os.strerror(-result))
         return max(result, 0)
 
-    def reap(self, at_least: int) -> tuple[I64, I64]:
-        """Wait for completions; see `KernelQueue.reap`."""
+    def wait(self, at_least: int) -> int:
+        """Wait for completions; see `KernelQueue.wait`."""
+        n_before = int(np.count_nonzero(self._events["tag"]))  # left by a `wait` that was broken off behind the call
+        address = self._events.ctypes.data + n_before * _EVENT.itemsize
+        missing = max(at_least - n_before, 0)
         while True:
-            n = linux_syscalls.io_getevents(self._context, at_least, self.depth, self._events.ctypes.data)
-            if n > 0:
-                break
+            n = linux_syscalls.io_getevents(self._context, missing, self.depth - n_before, address)
+            if n >= missing or n > 0:
+                return n_before + n
             if n < 0 and -n not in TRANSIENT:
                 raise OSError(-n, os.strerror(-n))
+
+    def take(self, n: int) -> tuple[I64, I64]:
+        """Take what was completed; see `KernelQueue.take`."""
         done = self._events[:n]
-        return done["tag"].astype(np.int64), done["result"].astype(np.int64)
+        tags, results = done["tag"].astype(np.int64), done["result"].copy()
+        done["tag"] = 0
+        return tags, results
+
+    def clear(self) -> None:
+        """Let everything end; see `KernelQueue.clear`. Ending a context waits for what is in flight."""
+        self.close()
+        self._events["tag"] = 0
+        self._context = _set_up(self.depth)
 
     def close(self) -> None:
         """Give the context up; the call itself waits for what may be in flight."""
         linux_syscalls.io_destroy(self._context)
+
+
+def _set_up(depth: int) -> int:
+    context = np.zeros(1, np.uint64)
+    result = linux_syscalls.io_setup(depth, context.ctypes.data)
+    if result < 0:
+        raise OSError(-result, f"io_setup: {os.strerror(-result)}")
+    return int(context.view(np.int64)[0])

@@ -14,6 +14,7 @@ REFERENCE_BLOCK: Final = 16 << 10  # the size of a bundle of a model of 7 billio
 _SMALL_BLOCKS: Final = range(4 << 10, (64 << 10) + 1)
 _NEARLY: Final = 0.95
 _NOISE: Final = 0.9  # backends closer than this are told apart by processor time
+_MIN_DEPTH: Final = 256
 _GAP_UNIT: Final = 4 << 10
 _MAX_GAP: Final = 64 << 10
 _MIN_REQUEST: Final = 64 << 10
@@ -23,7 +24,8 @@ def choose_profile(measurements: Sequence[Measurement]) -> DeviceProfile:
     """The profile that `measurements` speak for; they must hold random reads of `REFERENCE_BLOCK`.
 
     - backend: the fastest at random blocks up to 64 KiB; of those within 10 % of it, the one with least processor time.
-    - depth: the smallest that reaches 95 % of the best at `REFERENCE_BLOCK`.
+    - depth: the smallest from 256 on, or else the largest, that reaches 95 % of the best at `REFERENCE_BLOCK`. The
+      device may be content with less, but what is beyond the depth is begun only while somebody waits.
     - gap: time of a request is fitted as ``a + b * bytes``; reading through ``a / b`` bytes costs what a request saves.
     - largest request: the smallest block that reaches 95 % of the best bandwidth, at that depth or less.
     """
@@ -67,8 +69,9 @@ def _choose_backend(random: Sequence[Measurement]) -> tuple[str, str]:
 
 def _choose_depth(own: Sequence[Measurement]) -> tuple[int, str]:
     speed = {m.depth: m.bytes_per_second for m in own if m.block_bytes == REFERENCE_BLOCK}
-    depth = min(d for d, s in speed.items() if s >= _NEARLY * max(speed.values()))
-    return depth, f"depth {depth}: smallest with 95 % of the best bandwidth at random 16 KiB"
+    nearly = [d for d, s in speed.items() if s >= _NEARLY * max(speed.values())]
+    depth = min((d for d in nearly if d >= _MIN_DEPTH), default=max(nearly))
+    return depth, f"depth {depth}: 95 % of the best bandwidth at random 16 KiB, and work for while nobody waits"
 
 
 def _choose_request(by_block: Sequence[Measurement]) -> tuple[int, str]:

@@ -26,7 +26,7 @@ from reference_engine.flash_io.request_plan import I64
 Pattern = Literal["random", "sequential"]
 
 BLOCKS: Final = tuple(kib << 10 for kib in (4, 16, 32, 64, 256, 1024, 2048))
-DEPTHS: Final = (1, 8, 32, 128, 512)
+DEPTHS: Final = (1, 8, 32, 128, 256, 512)
 PATTERNS: Final[tuple[Pattern, ...]] = ("random", "sequential")
 BACKEND_NAMES: Final[tuple[BackendName, ...]] = ("uring", "aio", "pread", "mmap")
 _MAX_IN_FLIGHT: Final = 64 << 20

@@ -93,18 +93,38 @@ def device_name(path: Path) -> str:
 
     From the drive's own identification where the system tells it, else from the device's number.
     """
+    number = _device_number(path)
+    device = _block_device(number)
+    parts = [f"{os.major(number)}-{os.minor(number)}"] if device is None else [device.name, *_identity(device)]
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", "-".join((platform.node(), *parts)))[:200]
+
+
+def request_limit(path: Path) -> int | None:
+    """Requests that the system takes at a time for the device that `path` lies on; None where it does not tell.
+
+    Who makes more stands still in the system call that should begin them.
+    """
+    device = _block_device(_device_number(path))
+    try:
+        return None if device is None else int((device / "queue/nr_requests").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _device_number(path: Path) -> int:
     place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
-    number = place.stat().st_dev
-    parts = [platform.node(), f"{os.major(number)}-{os.minor(number)}"]
+    return place.stat().st_dev
+
+
+def _block_device(number: int) -> Path | None:
+    """The system's directory on the whole drive with this device number."""
     block = _SYS_BLOCK / f"{os.major(number)}:{os.minor(number)}"
-    if block.exists():
-        device = block.resolve()
-        if (device / "partition").exists():
-            device = device.parent
-        parts = [platform.node(), device.name, *_identity(device)]
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", "-".join(parts))[:200]
+    if not block.exists():
+        return None
+    device = block.resolve()
+    return device.parent if (device / "partition").exists() else device
 
 
 def _identity(device: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What io_uring and Linux native AIO have in common, seen from the thread that owns one: requests in, results out."""
+"""What io_uring and Linux native AIO have in common, requests in, results out."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ Entries = npt.NDArray[Any]  # [n], structured, ENTRY_BYTES each
 
 
 class KernelQueue(Protocol):
-    """A queue to the kernel. Belongs to the thread that made it."""
+    """A queue to the kernel. One thread at a time may push, and one wait or take; these may be two threads.
+
+    An exception that a signal's handler raises may leave any of the calls at any point. `wait` leaves everything as
+    it was then; after the others the queue is in order again when `clear` was called.
+    """
 
     depth: int
 
     def prepare(self, plan: RequestPlan, first_tag: int) -> Entries:
-        """The requests of `plan` as the kernel takes them, tagged `first_tag` and up."""
+        """The requests of `plan` as the kernel takes them, tagged `first_tag` and up; above 0. From any thread."""
         ...
 
     def push(self, entries: Entries, start: int, stop: int) -> int:
@@ -37,15 +41,27 @@ class KernelQueue(Protocol):
         """
         ...
 
-    def reap(self, at_least: int) -> tuple[I64, I64]:
-        """Wait for `at_least` completions; returns the tags and results (bytes, or -errno) of all there are.
-
-        A signal may bring fewer, but one at the least.
+    def wait(self, at_least: int) -> int:
+        """Wait for `at_least` results; returns how many there are to take. A signal may end it earlier.
 
         Raises
         ------
         OSError
             If waiting itself fails; what is in flight then is not known.
+        """
+        ...
+
+    def take(self, n: int) -> tuple[I64, I64]:
+        """Tags and results (bytes, or -errno) of `n` requests that have ended, as `wait` said."""
+        ...
+
+    def clear(self) -> None:
+        """Wait until nothing is in flight and forget all results, whatever was interrupted before.
+
+        Raises
+        ------
+        OSError
+            If that fails; what is in flight then is not known.
         """
         ...
 

@@ -1,16 +1,23 @@
-"""Range reading by a kernel queue (io_uring or native AIO) that one dedicated thread owns.
+"""Range reading by a kernel queue (io_uring or native AIO), carried on by the threads that want the bytes.
 
-The thread keeps the queue full while there are requests, and sleeps in the kernel while they are carried out. It
-takes what it does once a batch or once a few dozen completions, never once a request.
+There is no thread of its own: waking one, and handing the interpreter over to it and back, costs as much as the device
+takes for a dozen requests. ``submit`` itself fills the kernel's queue; whoever waits for a batch takes results, his
+own and others', and refills. What does not fit into the queue is thus pushed only while somebody waits, so the queue
+should be deep enough for what is read while its caller computes.
+
+Two locks: `_turn` belongs to the one thread that waits for the kernel and takes results, `_lock` guards the state,
+never while waiting. A signal's handler may raise anywhere in between. Waiting changes nothing, so that is harmless;
+what breaks off a change of state marks it torn, and then all batches under way fail and the queue is cleared.
 """
 
 from __future__ import annotations
 
+import errno
+import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
 from typing import Final
 
 import numpy as np
@@ -32,17 +39,17 @@ from reference_engine.flash_io.request_plan import I64
 
 _TAG_BITS: Final = 32  # a tag is the batch's number and, in these bits, the request's
 _REQUEST_MASK: Final = (1 << _TAG_BITS) - 1
-_WAKE_SHARE: Final = 2  # of what is in flight, this part must have ended before more is pushed
-_MAX_WAIT: Final = 128  # completions that are waited for in one go; new batches are looked for in between
-_TAIL: Final = 16
+_REFILL_SHARE: Final = 4  # of what is in flight: when this part has ended, more is pushed
+_INCOMPLETE: Final = RETRIES | {errno.ECANCELED}  # the last where the thread that began a request has ended
+_FIRST_PUSH: Final = 4  # an idle device begins with these while the kernel is still handed the rest
 _MAX_REFUSALS: Final = 1000
 _REFUSAL_SECONDS: Final = 0.001
 
 
 class _Work:
-    """A batch on the I/O thread."""
+    """A batch under way; drives its `Pending`."""
 
-    def __init__(self, pending: Pending, number: int, entries: Entries) -> None:
+    def __init__(self, reader: QueueReader, pending: Pending, number: int, entries: Entries) -> None:
         self.pending = pending
         self.entries = entries
         self.plan = pending.plan
@@ -52,6 +59,15 @@ class _Work:
         self.n_requests = 0
         self.bytes_read = 0
         self.error: FlashReadError | None = None
+        self._reader = reader
+
+    def attend(self) -> None:
+        """Carry the batch on until it has ended; see `Driver`."""
+        self._reader.attend(self)
+
+    def look(self) -> None:
+        """Carry the batch on without waiting; see `Driver`."""
+        self._reader.look(self)
 
     @property
     def is_fed(self) -> bool:
@@ -64,7 +80,8 @@ class _Work:
 
     def finish(self) -> None:
         """Let the caller have it."""
-        self.pending.finish(self.error, n_requests=self.n_requests, bytes_read=self.bytes_read)
+        if not self.pending.has_ended:
+            self.pending.finish(self.error, n_requests=self.n_requests, bytes_read=self.bytes_read)
 
 
 class QueueReader:
@@ -82,17 +99,19 @@ class QueueReader:
         self.name = name
         self.file = file
         self._batches = BatchMaker(file, tuning)
-        self._depth = tuning.depth
-        self._make_queue = make_queue
-        self._inbox: SimpleQueue[Pending | None] = SimpleQueue()
+        self._queue = make_queue(file.fd, tuning.depth)
+        self._depth = min(self._queue.depth, tuning.depth)
+        self._turn = threading.Lock()  # taken before `_lock` where both are
+        self._lock = threading.Lock()
+        self._is_torn = False
+        self._n_in_flight = 0
+        self._n_refusals = 0
+        self._numbers = itertools.count(1)
+        self._lanes: tuple[deque[_Work], deque[_Work]] = (deque(), deque())  # wanted now; to be read ahead
+        self._works: dict[int, _Work] = {}  # that have not ended, by number; keeps their buffers alive
+        self._breakdown: FlashReadError | None = None
         self._is_closed = False
-        started: SimpleQueue[OSError | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(started,), name=f"flash-{name}", daemon=True)
-        self._thread.start()
-        error = started.get()
-        if error is not None:
-            self._thread.join()
-            raise error
+        self._is_released = False
 
     @property
     def counters(self) -> IoCounters:
@@ -106,138 +125,114 @@ class QueueReader:
         if self._is_closed:
             raise closed_reader(self.file)
         pending = self._batches.batch(offsets, nbytes, buffer, positions, ahead=ahead)
-        self._inbox.put(pending)
-        return pending
+        number = next(self._numbers)
+        work = _Work(self, pending, number, self._queue.prepare(pending.plan, number << _TAG_BITS))
+        try:
+            self._begin(work)
+            return pending
+        except BaseException:  # a signal's handler raised: the caller does not know of the batch, so it must not go on
+            pending.is_cancelled = True
+            self.attend(work)
+            raise
+
+    def attend(self, work: _Work) -> None:
+        """Wait until `work` has ended, whoever takes its results."""
+        while not work.pending.has_ended:
+            with self._turn:
+                if not work.pending.has_ended:
+                    self._advance(work, may_wait=True)
+
+    def look(self, work: _Work) -> None:
+        """Take what results there are, unless another thread is about it."""
+        if self._turn.acquire(blocking=False):
+            try:
+                if not work.pending.has_ended:
+                    self._advance(work, may_wait=False)
+            finally:
+                self._turn.release()
 
     def close(self) -> None:
-        """Wait for the requests in flight, drop the others, end the thread and close the file."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._inbox.put(None)
-            self._thread.join()
-            self.file.close()
-
-    def _run(self, started: SimpleQueue[OSError | None]) -> None:
-        try:
-            queue = self._make_queue(self.file.fd, self._depth)
-        except OSError as error:
-            started.put(error)
-            return
-        started.put(None)
-        service = _Service(self.file, queue, min(queue.depth, self._depth), self._inbox)
-        try:
-            service.run()
-        except OSError as error:
-            queue.close()
-            service.abandon(error)
-        else:
-            queue.close()
-
-
-class _Service:
-    """The I/O thread's own state; nothing else touches it."""
-
-    def __init__(self, file: OpenFile, queue: KernelQueue, depth: int, inbox: SimpleQueue[Pending | None]) -> None:
-        self._file = file
-        self._queue = queue
-        self._inbox = inbox
-        self._n_free = self._depth = depth
-        self._lanes: tuple[deque[_Work], deque[_Work]] = (deque(), deque())  # wanted now; to be read ahead
-        self._works: dict[int, _Work] = {}  # that have not ended, by number
-        self._n_batches = 0
-        self._n_refusals = 0
-        self._is_closing = False
-
-    def run(self) -> None:
-        """Serve until closed and nothing is in flight."""
-        while True:
-            self._take_batches()
-            if self._is_closing and not self._works:
+        """Wait for the requests in flight, drop the others and close the file."""
+        self._is_closed = True
+        with self._turn:
+            if self._is_released:
                 return
-            self._feed()
-            n_in_flight = self._depth - self._n_free
-            if n_in_flight:
-                is_tail = n_in_flight <= _TAIL and not any(self._lanes)
-                self._collect(n_in_flight if is_tail else max(1, min(n_in_flight // _WAKE_SHARE, _MAX_WAIT)))
-
-    def abandon(self, cause: OSError) -> None:
-        """Fail all there is and all that comes, after waiting for completions has itself failed."""
-        failure = FlashReadError(f"the kernel's queue broke down: {cause.strerror}", path=self._file.path)
-        for work in self._works.values():
-            work.fail(failure)
-            work.finish()
-        while not self._is_closing and (pending := self._inbox.get()) is not None:
-            pending.finish(failure, n_requests=0, bytes_read=0)
-
-    def _take_batches(self) -> None:
-        """Accept all that was submitted; sleep for the next where there is nothing else to do."""
-        while True:
-            try:
-                pending = self._inbox.get(block=not self._works and not self._is_closing)
-            except Empty:
-                return
-            if pending is None:
-                self._is_closing = True
+            with self._lock:
+                self._mend()
                 for work in list(self._works.values()):
                     if not work.is_fed:
-                        work.fail(closed_reader(self._file))
-                        self._end_if_done(work)
-                continue
-            self._n_batches += 1
-            number = self._n_batches
-            work = _Work(pending, number, self._queue.prepare(pending.plan, number << _TAG_BITS))
-            self._works[number] = work
-            if self._is_closing:
-                work.fail(closed_reader(self._file))
-            else:
-                self._lanes[pending.ahead].append(work)
+                        work.fail(closed_reader(self.file))
+            while self._works:
+                self._advance(next(iter(self._works.values())), may_wait=True)
+            self._is_released = True
+            self._queue.close()
+            self.file.close()
+
+    def __del__(self) -> None:
+        """Requests in flight write into memory that a dropped reader no longer keeps."""
+        if hasattr(self, "_is_released"):
+            self.close()
+
+    def _begin(self, work: _Work) -> None:
+        with self._lock:
+            is_torn = self._is_torn
+        if is_torn:
+            with self._turn, self._lock:
+                self._mend()
+        with self._lock:
+            self._is_torn = True
+            if self._breakdown is not None:
+                work.fail(self._breakdown)
+            work.pending.driver = work
+            self._works[work.number] = work
+            self._lanes[work.pending.ahead].append(work)
+            self._feed()
             self._end_if_done(work)
+            self._is_torn = False
 
-    def _feed(self) -> None:
-        """Push requests until the queue is full or none are left."""
-        for lane in self._lanes:
-            while lane and self._n_free:
-                work = lane[0]
-                if work.is_fed:
-                    lane.popleft()
-                    self._end_if_done(work)
-                elif not self._push(work):
-                    return
-
-    def _push(self, work: _Work) -> bool:
-        """Push what fits of a batch; False where the kernel took nothing for now."""
-        start = work.n_pushed
-        stop = min(start + self._n_free, len(work.plan))
+    def _advance(self, work: _Work, *, may_wait: bool) -> None:
+        """Take results once, after waiting for as many as `work` needs. By the thread whose turn it is."""
+        with self._lock:
+            self._mend()
+            self._end_if_done(work)
+            if work.pending.has_ended:
+                return
+            at_least = self._n_needed(work) if may_wait else 0
         try:
-            n = self._queue.push(work.entries, start, stop)
+            if may_wait and not at_least:  # the kernel refused all of it for the moment
+                time.sleep(_REFUSAL_SECONDS)
+                n = 0
+            else:
+                n = self._queue.wait(at_least)
         except OSError as error:
-            self._refuse(work, error.errno or 0)
-            return True
-        if n == 0 and self._n_free == self._depth:  # nothing in flight whose end would make room
-            self._n_refusals += 1
-            if self._n_refusals > _MAX_REFUSALS:
-                self._refuse(work, next(iter(RETRIES)))
-            time.sleep(_REFUSAL_SECONDS)
-            return False
-        self._n_refusals = 0
-        work.n_pushed += n
-        work.n_in_flight += n
-        work.n_requests += n
-        self._n_free -= n
-        return n > 0
-
-    def _refuse(self, work: _Work, number: int) -> None:
-        i = work.n_pushed
-        work.fail(read_failure(self._file, int(work.plan.offsets[i]), int(work.plan.nbytes[i]), 0, number))
-
-    def _collect(self, at_least: int) -> None:
-        """Wait for completions and settle them."""
-        tags, results = self._queue.reap(at_least)
-        self._n_free += len(tags)
-        numbers, requests = tags >> _TAG_BITS, tags & _REQUEST_MASK
-        if (numbers == numbers[0]).all():
-            self._settle(self._works[int(numbers[0])], requests, results)
+            with self._lock:
+                self._abandon(error)
             return
+        with self._lock:
+            self._is_torn = True
+            self._collect(n)
+            self._end_if_done(work)
+            self._is_torn = False
+
+    def _n_needed(self, work: _Work) -> int:
+        """Results to wait for: never more than `work` needs, and few where there is something to refill with."""
+        if not any(self._lanes):
+            return work.n_in_flight
+        refill = self._n_in_flight // _REFILL_SHARE or min(self._n_in_flight, 1)
+        return min(work.n_in_flight or refill, refill)
+
+    def _collect(self, n: int) -> None:
+        """Refill the queue after `n` requests have ended, then take and settle their results: the device works then."""
+        self._n_in_flight -= n
+        self._feed()
+        if not n:
+            return
+        tags, results = self._queue.take(n)
+        requests = tags & _REQUEST_MASK
+        if len(self._works) == 1:
+            self._settle(next(iter(self._works.values())), requests, results)
+            return
+        numbers = tags >> _TAG_BITS
         for number in np.unique(numbers).tolist():
             mine = numbers == number
             self._settle(self._works[number], requests[mine], results[mine])
@@ -246,22 +241,90 @@ class _Service:
         wanted = work.plan.nbytes[requests]
         work.n_in_flight -= len(requests)
         work.bytes_read += int(wanted.sum())
-        for k in np.flatnonzero(results != wanted).tolist():
-            self._repair(work, int(requests[k]), int(results[k]))
+        is_odd = results != wanted
+        if is_odd.any():
+            for k in np.flatnonzero(is_odd).tolist():
+                self._repair(work, int(requests[k]), int(results[k]))
         self._end_if_done(work)
 
     def _repair(self, work: _Work, i: int, result: int) -> None:
-        """Carry out a request anew that came back short or interrupted; any other failure is the batch's."""
+        """Carry out a request anew that came back incomplete; any other failure is the batch's."""
         try:
-            if result < 0 and -result not in RETRIES:
-                raise read_failure(self._file, int(work.plan.offsets[i]), int(work.plan.nbytes[i]), 0, -result)
+            if result < 0 and -result not in _INCOMPLETE:
+                raise read_failure(self.file, int(work.plan.offsets[i]), int(work.plan.nbytes[i]), 0, -result)
             if work.error is None:
-                work.n_requests += read_fully(self._file, work.plan, i)
+                work.n_requests += read_fully(self.file, work.plan, i)
         except FlashReadError as error:
             work.fail(error)
 
+    def _feed(self) -> None:
+        """Push requests until the queue is full or none are left."""
+        for lane in self._lanes:
+            while lane:
+                work = lane[0]
+                if work.is_fed:
+                    lane.popleft()
+                    self._end_if_done(work)
+                elif self._n_in_flight == self._depth or not self._push(work):
+                    return
+
+    def _push(self, work: _Work) -> bool:
+        """Push what fits of a batch; False where the kernel took nothing for now."""
+        start = work.n_pushed
+        stop = min(start + self._depth - self._n_in_flight, len(work.plan))
+        if self._n_in_flight == 0:
+            stop = min(stop, start + _FIRST_PUSH)
+        try:
+            n = self._queue.push(work.entries, start, stop)
+        except OSError as error:
+            self._refuse(work, error.errno or 0)
+            return True
+        if n == 0 and self._n_in_flight == 0:  # nothing whose end would make room
+            self._n_refusals += 1
+            if self._n_refusals > _MAX_REFUSALS:
+                self._refuse(work, next(iter(RETRIES)))
+            return False
+        self._n_refusals = 0
+        work.n_pushed += n
+        work.n_in_flight += n
+        work.n_requests += n
+        self._n_in_flight += n
+        return n > 0
+
+    def _refuse(self, work: _Work, number: int) -> None:
+        i = work.n_pushed
+        work.fail(read_failure(self.file, int(work.plan.offsets[i]), int(work.plan.nbytes[i]), 0, number))
+
     def _end_if_done(self, work: _Work) -> None:
-        if work.is_fed and not work.n_in_flight and self._works.pop(work.number, None) is not None:
+        if work.is_fed and not work.n_in_flight and not work.pending.has_ended:
+            self._works.pop(work.number, None)
             if work.n_pushed < len(work.plan):  # a cancelled one has no error yet
-                work.fail(closed_reader(self._file))
+                work.fail(closed_reader(self.file))
             work.finish()
+
+    def _mend(self) -> None:
+        """Where a change of state was broken off: let all requests end, and fail the batches under way."""
+        if not self._is_torn:
+            return
+        try:
+            self._queue.clear()
+        except OSError as error:
+            self._abandon(error)
+        else:
+            self._drop_all(FlashReadError("reading was interrupted", path=self.file.path))
+        self._is_torn = False
+
+    def _abandon(self, cause: OSError) -> None:
+        """Fail all there is and all that comes, after waiting for completions has itself failed."""
+        self._breakdown = FlashReadError(f"the kernel's queue broke down: {cause.strerror}", path=self.file.path)
+        self._drop_all(self._breakdown)
+
+    def _drop_all(self, error: FlashReadError) -> None:
+        for lane in self._lanes:
+            lane.clear()
+        self._n_in_flight = 0
+        while self._works:
+            work = next(iter(self._works.values()))
+            work.fail(error)
+            work.finish()
+            del self._works[work.number]

@@ -31,12 +31,13 @@ class IoTuning:
 
     gap_bytes : longest gap between two ranges that is read through.
     max_request_bytes : size no request exceeds.
-    depth : requests in flight at once. A deep queue is refilled less often, and each time takes this process.
+    depth : requests in flight at once. What is more waits for a thread that waits. The block layer takes so many for
+        a device (nr_requests, often 256); with more, ``submit`` itself stands still until the device gets on.
     """
 
     gap_bytes: int = 8 << 10
     max_request_bytes: int = 256 << 10
-    depth: int = 512
+    depth: int = 256
 
 
 class RangeReader(Protocol):
@@ -87,17 +88,30 @@ class RangeReader(Protocol):
         ...
 
 
+class Driver(Protocol):
+    """What a batch needs of the thread that wants it, where its backend has no threads of its own."""
+
+    def attend(self) -> None:
+        """Carry the batch on until it has ended."""
+        ...
+
+    def look(self) -> None:
+        """Carry the batch on as far as goes without waiting."""
+        ...
+
+
 class Pending:
     """A batch of reads that was begun. Made by ``RangeReader.submit``.
 
     A backend moves the bytes that `plan` asks for and calls ``finish`` once, when nothing more will be written into
-    the buffer, whether or not all went well.
+    the buffer, whether or not all went well. Where nothing moves unless somebody looks after it, it sets `driver`.
     """
 
     def __init__(self, plan: RequestPlan, *, keep: tuple[Buffer, ...], ahead: bool, tally: IoTally) -> None:
         self.plan = plan
         self.ahead = ahead
         self.is_cancelled = False
+        self.driver: Driver | None = None
         self._keep: tuple[Buffer, ...] = keep
         self._tally = tally
         self._error: FlashReadError | None = None
@@ -105,9 +119,17 @@ class Pending:
         self._in_progress.acquire()
 
     @property
+    def has_ended(self) -> bool:
+        """Whether ``finish`` was called."""
+        return not self._in_progress.locked()
+
+    @property
     def is_done(self) -> bool:
         """Whether ``wait`` would return, or raise, at once."""
-        return not self._in_progress.locked()
+        driver = self.driver
+        if driver is not None and not self.has_ended:
+            driver.look()
+        return self.has_ended
 
     def wait(self) -> None:
         """Return when every range is in its slot. May be called more than once.
@@ -118,24 +140,30 @@ class Pending:
             Naming path, offset and byte counts of a range that could not be read. No request of the batch is then in
             flight, and what the slots hold is not defined.
         """
-        if not self._in_progress.acquire(blocking=False):
-            started = time.perf_counter()
-            try:
-                self._in_progress.acquire()
-            except BaseException:  # a signal's handler raised: the buffer must be left in peace all the same
-                self.is_cancelled = True
-                self._in_progress.acquire()
-                self._in_progress.release()
-                raise
-            self._tally.add(wait_seconds=time.perf_counter() - started)
-        self._in_progress.release()
+        try:
+            if not self.has_ended:
+                started = time.perf_counter()
+                self._attend()
+                self._tally.add(wait_seconds=time.perf_counter() - started)
+        except BaseException:  # a signal's handler raised: the buffer must be left in peace all the same
+            self.is_cancelled = True
+            self._attend()
+            raise
         if self._error is not None:
             raise self._error
+
+    def _attend(self) -> None:
+        driver = self.driver
+        if driver is not None:
+            driver.attend()
+        with self._in_progress:
+            return
 
     def finish(self, error: FlashReadError | None, *, n_requests: int, bytes_read: int) -> None:
         """End the batch, for the backend: wakes whoever waits, and lets go of the buffer."""
         self._error = error
         self._keep = ()
+        self.driver = None
         self._tally.add(bytes_read=bytes_read, n_requests=n_requests)
         self._in_progress.release()
 
@@ -158,7 +186,8 @@ class BatchMaker:
             raise ValueError("a buffer must be writable, C-contiguous uint8")
         offsets = np.ascontiguousarray(offsets, np.int64)
         positions = np.ascontiguousarray(positions, np.int64)
-        sizes = np.ascontiguousarray(np.broadcast_to(np.asarray(nbytes, np.int64), offsets.shape))
+        sizes = np.empty_like(offsets)
+        sizes[...] = nbytes
         if offsets.ndim != 1 or positions.shape != offsets.shape:
             raise ValueError(f"offsets {offsets.shape} and positions {positions.shape} must be of one length")
         addresses = positions + buffer.ctypes.data
@@ -176,19 +205,18 @@ class BatchMaker:
         return Pending(plan, keep=(buffer, self._scratch), ahead=ahead, tally=self.tally)
 
     def _check(self, offsets: I64, sizes: I64, positions: I64, addresses: I64, buffer_nbytes: int) -> None:
-        if sizes.min() <= 0 or offsets[0] < 0 or (offsets[1:] < offsets[:-1] + sizes[:-1]).any():
+        if sizes.min() <= 0 or offsets[0] < 0 or (offsets[1:] < (offsets + sizes)[:-1]).any():
             raise ValueError("ranges must be sorted, must not overlap, and must not be empty")
         if positions.min() < 0 or (positions + sizes).max() > buffer_nbytes:
             raise ValueError(f"a slot lies outside the buffer of {buffer_nbytes} bytes")
-        alignment = self._file.alignment
-        if alignment > 1:
-            misaligned = ((offsets % alignment) | (sizes % alignment) | (addresses % alignment)).nonzero()[0]
-            if misaligned.size:
-                i = misaligned[0]
-                raise ValueError(
-                    f"misaligned read of {sizes[i]} bytes at {offsets[i]} to position {positions[i]}: "
-                    f"{self._file.path} needs multiples of {alignment}"
-                )
+        alignment = self._file.alignment  # a power of two
+        misaligned = ((offsets | sizes | addresses) & (alignment - 1)).nonzero()[0]
+        if misaligned.size:
+            i = misaligned[0]
+            raise ValueError(
+                f"misaligned read of {sizes[i]} bytes at {offsets[i]} to position {positions[i]}: "
+                f"{self._file.path} needs multiples of {alignment}"
+            )
 
 
 def read_failure(file: OpenFile, offset: int, nbytes: int, got: int, number: int) -> FlashReadError:

@@ -68,12 +68,12 @@ def plan_requests(
     if not 0 <= gap_bytes < max_request_bytes or max_segments < 2:
         raise ValueError(f"cannot plan with {gap_bytes=}, {max_request_bytes=}, {max_segments=}")
     n = len(offsets)
-    starts_run = np.ones(n, bool)
     ends = offsets + nbytes
-    np.greater(offsets[1:] - ends[:-1], gap_bytes, out=starts_run[1:])
-    if starts_run.all() and (nbytes <= max_request_bytes).all():
-        ones = np.ones(n, np.int64)
-        return RequestPlan(offsets, nbytes, _segments(addresses, nbytes), np.arange(n), ones)
+    between = offsets[1:] - ends[:-1]
+    if between.min(initial=gap_bytes + 1) > gap_bytes and nbytes.max(initial=0) <= max_request_bytes:
+        return RequestPlan(offsets, nbytes, _segments(addresses, nbytes), np.arange(n), np.ones(n, np.int64))
+    starts_run = np.ones(n, bool)
+    np.greater(between, gap_bytes, out=starts_run[1:])
     run_offsets = offsets[starts_run][np.cumsum(starts_run) - 1]
 
     # Pieces: ranges cut where the windows of max_request_bytes of their run end.

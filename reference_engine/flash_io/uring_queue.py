@@ -1,8 +1,12 @@
 """io_uring by raw system calls: submission entries are one numpy array, and a batch is filled with a few stores.
 
-Linux 5.6 or later. Needs no library and no compiler. With IORING_SETUP_DEFER_TASKRUN (6.1) completions are posted only
-while this thread waits for them. Without it they may be posted on another core at any time, which only a processor
-with ordered loads (x86) lets us read from Python; elsewhere such a kernel is refused.
+Linux 5.6 or later. Needs no library and no compiler. What ends is posted whenever a thread that began requests enters
+the kernel (IORING_SETUP_COOP_TASKRUN, 5.19), or at once; in either case perhaps on another core than it is read on,
+which only a processor with ordered loads (x86) lets us do from Python. Elsewhere AIO serves as well: it hands results
+over in a system call.
+
+Registered buffers would save up to a third of the kernel's time and bring no speed; they pin the whole arena, which
+few users may do. A registered file and a ring bound to one thread (DEFER_TASKRUN) brought nothing.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ _READV, _READ = 1, 22
 _ENTER_GETEVENTS: Final = 1
 _MAP_SQES: Final = 0x10000000
 
-_COOP_TASKRUN, _SINGLE_ISSUER, _DEFER_TASKRUN = 1 << 8, 1 << 12, 1 << 13
-_SETUPS: Final = (_SINGLE_ISSUER | _DEFER_TASKRUN, *((_COOP_TASKRUN, 0) if linux_syscalls.MACHINE == "x86_64" else ()))
+_COOP_TASKRUN: Final = 1 << 8
+_SETUPS: Final = (_COOP_TASKRUN, 0) if linux_syscalls.MACHINE == "x86_64" else ()
 _FEATURES: Final = 1 << 0 | 1 << 1 | 1 << 3  # SINGLE_MMAP, NODROP, RW_CUR_POS (came with IORING_OP_READ)
 
 # Words of struct io_uring_params, and of the offset tables in it.
@@ -76,15 +80,16 @@ class UringQueue:
         nbytes = max(sq[_SQ_ARRAY] + 4 * n_sq, cq[_CQES] + _CQE.itemsize * n_cq)
         rings = np.frombuffer(mmap.mmap(self._ring_fd, nbytes, offset=0), np.uint8)
 
-        def words(start: int, n: int = 1) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
-            return rings[start : start + 4 * n].view(np.uint32)
+        def word(start: int) -> memoryview[int]:
+            return rings[start : start + 4].data.cast("I")
 
         sqes = mmap.mmap(self._ring_fd, ENTRY_BYTES * n_sq, offset=_MAP_SQES)
         self._sqes = np.frombuffer(sqes, np.uint64).reshape(n_sq, _SQE_WORDS)
-        self._sq_head, self._sq_tail = words(sq[_HEAD]), words(sq[_TAIL])
-        self._cq_head, self._cq_tail = words(cq[_HEAD]), words(cq[_TAIL])
+        self._sq_head, self._sq_tail = word(sq[_HEAD]), word(sq[_TAIL])
+        self._cq_head, self._cq_tail = word(cq[_HEAD]), word(cq[_TAIL])
         self._cqes = rings[cq[_CQES] : cq[_CQES] + _CQE.itemsize * n_cq].view(_CQE)
-        words(sq[_SQ_ARRAY], n_sq)[:] = np.arange(n_sq)  # entry i of the ring is submission i, for good
+        places = rings[sq[_SQ_ARRAY] : sq[_SQ_ARRAY] + 4 * n_sq].view(np.uint32)
+        places[:] = np.arange(n_sq)  # entry i of the ring is submission i, for good
         self.depth = n_sq
 
     def prepare(self, plan: RequestPlan, first_tag: int) -> Entries:
@@ -97,32 +102,50 @@ class UringQueue:
         """Begin requests; see `KernelQueue.push`."""
         words = entries.view(np.uint64).reshape(-1, _SQE_WORDS)[start:stop]
         n = len(words)
-        tail = int(self._sq_tail[0])
+        tail = self._sq_tail[0]
         place = tail & (self.depth - 1)
         n_to_end = min(n, self.depth - place)
         self._sqes[place : place + n_to_end] = words[:n_to_end]
-        self._sqes[: n - n_to_end] = words[n_to_end:]
+        if n_to_end < n:
+            self._sqes[: n - n_to_end] = words[n_to_end:]
         self._sq_tail[0] = (tail + n) & 0xFFFFFFFF
         result = linux_syscalls.io_uring_enter(self._ring_fd, n, 0, 0)
-        taken = (int(self._sq_head[0]) - tail) & 0xFFFFFFFF
+        taken = (self._sq_head[0] - tail) & 0xFFFFFFFF
         if taken < n:
             self._sq_tail[0] = (tail + taken) & 0xFFFFFFFF  # take back what the kernel left
         if taken == 0 and result < 0 and -result not in TRANSIENT:
             raise OSError(-result, os.strerror(-result))
         return taken
 
-    def reap(self, at_least: int) -> tuple[I64, I64]:
-        """Wait for completions; see `KernelQueue.reap`."""
-        head = int(self._cq_head[0])
-        while (n := (int(self._cq_tail[0]) - head) & 0xFFFFFFFF) < at_least:
+    def wait(self, at_least: int) -> int:
+        """Wait for completions; see `KernelQueue.wait`."""
+        while True:
             result = linux_syscalls.io_uring_enter(self._ring_fd, 0, at_least, _ENTER_GETEVENTS)
             if result < 0 and -result not in TRANSIENT:
                 raise OSError(-result, os.strerror(-result))
+            n = (self._cq_tail[0] - self._cq_head[0]) & 0xFFFFFFFF
+            if n >= at_least:
+                return n
+
+    def take(self, n: int) -> tuple[I64, I64]:
+        """Take what was completed; see `KernelQueue.take`."""
+        head = self._cq_head[0]
         place = head & (len(self._cqes) - 1)
-        done = np.concatenate((self._cqes[place : place + n], self._cqes[: max(0, place + n - len(self._cqes))]))
-        self._cq_head[0] = (head + n) & 0xFFFFFFFF  # the kernel may use the places again: `done` is a copy
-        return done["tag"].astype(np.int64), done["result"].astype(np.int64)
+        done = self._cqes[place : place + n]
+        if len(done) < n:
+            done = np.concatenate((done, self._cqes[: n - len(done)]))
+        tags, results = done["tag"].astype(np.int64), done["result"].astype(np.int64)
+        self._cq_head[0] = (head + n) & 0xFFFFFFFF  # the kernel may use the places again: these are copies
+        return tags, results
+
+    def clear(self) -> None:
+        """Let everything end; see `KernelQueue.clear`. The ring's own counts say what is in flight."""
+        self._sq_tail[0] = self._sq_head[0]
+        while n := (self._sq_head[0] - self._cq_head[0]) & 0xFFFFFFFF:
+            self.wait(n)
+            self._cq_head[0] = self._cq_tail[0]
 
     def close(self) -> None:
-        """Close the ring; nothing is in flight."""
+        """Close and unmap the ring; nothing is in flight."""
+        del self._sqes, self._cqes, self._sq_head, self._sq_tail, self._cq_head, self._cq_tail
         os.close(self._ring_fd)

@@ -45,6 +45,13 @@ def test_show_measures_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_more_requests_are_made_than_the_system_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "DEPTHS", (4, 8))
+    monkeypatch.setattr(module, "request_limit", lambda path: 4)
+    report = json.loads(run(tmp_path, "--size", "64MiB", "--seconds", "0.01", "--json").stdout)
+    assert {m["depth"] for m in report["measurements"]} == {4}
+
+
 @pytest.mark.parametrize("size", ["1MiB", "much"])
 def test_useless_sizes_are_refused(tmp_path, size):
     assert run(tmp_path, "--size", size).exit_code == 2

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -5,10 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashfmt.errors import FlashWriteError
-from reference_engine.flash_io import DeviceProfile, IoTuning, load_profile
+from reference_engine.flash_io import DeviceProfile, IoTuning, device_profile, load_profile
 from reference_engine.flash_io.device_choice import choose_profile
 from reference_engine.flash_io.device_measurement import cases, measure, temporary_file
-from reference_engine.flash_io.device_profile import Measurement, device_name, profile_path, save_profile
+from reference_engine.flash_io.device_profile import (
+    Measurement,
+    device_name,
+    profile_path,
+    request_limit,
+    save_profile,
+)
 
 KIB = 1 << 10
 BLOCKS = [kib * KIB for kib in (4, 16, 32, 64, 256, 1024, 2048)]
@@ -19,7 +26,7 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def modelled(fixed_us, us_per_kib, *, backend="uring", cpu=0.1, depths=(1, 8, 32, 128), full_at=32):
+def modelled(fixed_us, us_per_kib, *, backend="uring", cpu=0.1, depths=(1, 8, 32, 128, 256, 512), full_at=32):
     """Random reads of a device whose requests cost fixed_us + us_per_kib a KiB once `full_at` are in flight."""
     return [
         Measurement(
@@ -34,8 +41,16 @@ def test_choice_follows_the_model_of_the_device():
     profile = choose_profile(modelled(5.9, 0.418))
     assert profile.is_measured
     assert profile.backend == "uring"
-    assert profile.tuning == IoTuning(gap_bytes=12 * KIB, max_request_bytes=256 * KIB, depth=32)
+    assert profile.tuning == IoTuning(gap_bytes=12 * KIB, max_request_bytes=256 * KIB, depth=256)
     assert len(profile.reasons) == 4
+
+
+@pytest.mark.parametrize(
+    ("depths", "full_at", "chosen"),
+    [((1, 32, 128, 256, 512), 32, 256), ((1, 128, 256, 512), 512, 512), ((1, 8, 32, 64), 8, 64), ((1, 8), 32, 8)],
+)
+def test_depth_is_enough_for_the_device_and_for_while_nobody_waits(depths, full_at, chosen):
+    assert choose_profile(modelled(5.9, 0.418, depths=depths, full_at=full_at)).tuning.depth == chosen
 
 
 def test_backends_of_one_speed_are_told_apart_by_processor_time():
@@ -82,7 +97,7 @@ def test_a_profile_is_kept_for_the_device(tmp_path):
         lambda text: "[]",
         lambda text: text.replace('"version": 1', '"version": 2'),
         lambda text: text.replace('"backend": "uring",\n "tuning"', '"backend": "magic",\n "tuning"'),
-        lambda text: text.replace('"depth": 32\n }', '"depth": 0\n }'),
+        lambda text: text.replace('"depth": 256\n }', '"depth": 0\n }'),
         lambda text: text.replace('"gap_bytes": 12288', '"gap_bytes": 12289'),
     ],
     ids=["cut", "other type", "other version", "unknown backend", "no depth", "misaligned gap"],
@@ -93,6 +108,19 @@ def test_a_damaged_profile_counts_as_none(tmp_path, damage):
     assert damage(text) != text
     kept_in.write_text(damage(text))
     assert load_profile(tmp_path) == DeviceProfile()
+
+
+def test_the_systems_limit_on_requests_is_asked_for(tmp_path, monkeypatch):
+    assert request_limit(Path("/proc")) is None
+    number = tmp_path.stat().st_dev
+    monkeypatch.setattr(device_profile, "_SYS_BLOCK", tmp_path)
+    partition = tmp_path / f"{os.major(number)}:{os.minor(number)}"
+    partition.mkdir()
+    (partition / "partition").touch()
+    assert request_limit(tmp_path) is None
+    (tmp_path / "queue").mkdir()
+    (tmp_path / "queue" / "nr_requests").write_text("64\n")
+    assert request_limit(tmp_path / "model.flash") == 64
 
 
 def test_names_are_file_names_and_tell_devices_apart(tmp_path):

@@ -1,9 +1,12 @@
 """One contract for every backend: the class below, once a backend; the subclasses say how faults are planted."""
 
 import errno
+import gc
 import itertools
+import linecache
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -371,6 +374,7 @@ class TestPread(RangeReaderContract, FaultContract):
 class QueueContract(RangeReaderContract, FaultContract):
     queue: type
     calls: tuple[str, ...]  # system calls that begin requests and wait for them
+    line_step: int  # at every which line an interrupt is tried
 
     @pytest.fixture(autouse=True)
     def _available(self, path):
@@ -381,7 +385,7 @@ class QueueContract(RangeReaderContract, FaultContract):
         reader.close()
 
     def plant(self, monkeypatch, *, number, n):
-        prepare, reap, left = self.queue.prepare, self.queue.reap, iter(range(n))
+        prepare, take, left = self.queue.prepare, self.queue.take, iter(range(n))
         spoilt = set()
 
         def faulty_prepare(queue, plan, first_tag):
@@ -391,29 +395,29 @@ class QueueContract(RangeReaderContract, FaultContract):
                 entries["nbytes"][i] = 512 if plan.n_segments[i] == 1 else 1  # bytes; or segments
             return entries
 
-        def faulty_reap(queue, at_least):
-            tags, results = reap(queue, at_least)
+        def faulty_take(queue, n):
+            tags, results = take(queue, n)
             if number is not None:
                 results[[tag in spoilt for tag in tags.tolist()]] = -number
             return tags, results
 
         monkeypatch.setattr(self.queue, "prepare", faulty_prepare)
-        monkeypatch.setattr(self.queue, "reap", faulty_reap)
+        monkeypatch.setattr(self.queue, "take", faulty_take)
 
     def gate(self, monkeypatch):
-        push, reap, event, offsets = self.queue.push, self.queue.reap, threading.Event(), []
+        push, wait, event, offsets = self.queue.push, self.queue.wait, threading.Event(), []
 
         def noting_push(queue, entries, start, stop):
             n = push(queue, entries, start, stop)
             offsets.extend(entries["offset"][start : start + n].tolist())
             return n
 
-        def slow_reap(queue, at_least):
+        def slow_wait(queue, at_least):
             event.wait()
-            return reap(queue, at_least)
+            return wait(queue, at_least)
 
         monkeypatch.setattr(self.queue, "push", noting_push)
-        monkeypatch.setattr(self.queue, "reap", slow_reap)
+        monkeypatch.setattr(self.queue, "wait", slow_wait)
         return event, offsets
 
     def intermittent(self, monkeypatch, name, number):
@@ -457,20 +461,150 @@ class QueueContract(RangeReaderContract, FaultContract):
         def broken(queue, at_least):
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
-        monkeypatch.setattr(self.queue, "reap", broken)
+        monkeypatch.setattr(self.queue, "wait", broken)
         reader = make(path)
         for _ in range(2):
             with pytest.raises(FlashReadError, match="broke down"):
                 read(reader, blank(1), [0], [1], [0]).wait()
+
+    def test_a_request_cancelled_with_its_thread_is_made_again(self, make, path, content, monkeypatch):
+        self.plant(monkeypatch, number=errno.ECANCELED, n=3)
+        reader = make(path)
+        buffer = blank(20)
+        read(reader, buffer, range(0, 40, 4), [2] * 10, range(0, 20, 2)).wait()
+        check(content, buffer, range(0, 40, 4), [2] * 10, range(0, 20, 2))
+
+    def test_nobody_needs_to_wait_for_reads_to_begin_and_end(self, make, path, content, monkeypatch):
+        event, offsets = self.gate(monkeypatch)
+        event.set()
+        reader = make(path, SEPARATE)
+        buffer = blank(10)
+        pending = read(reader, buffer, range(0, 20, 2), [1] * 10, range(10))
+        assert len(offsets) == SEPARATE.depth
+        while not pending.is_done:
+            time.sleep(0.001)
+        check(content, buffer, range(0, 20, 2), [1] * 10, range(10))
+
+    def test_reads_outlive_the_thread_that_began_them(self, make, path, content):
+        reader, buffer, begun = make(path), blank(300), []
+        ranges = range(0, 600, 2), [1] * 300, range(300)
+        thread = threading.Thread(target=lambda: begun.append(read(reader, buffer, *ranges)))
+        thread.start()
+        thread.join()
+        begun[0].wait()
+        check(content, buffer, *ranges)
+
+    def test_several_threads_wait_for_one_batch_and_for_each_others(self, make, path, content):
+        reader = make(path, SEPARATE)
+        batches = []
+        for first in range(8):
+            buffer = blank(40)
+            ranges = range(first, first + 400, 10), [1] * 40, range(40)
+            batches.append((buffer, ranges, read(reader, buffer, *ranges)))
+        orders = [batches, batches[::-1], batches[3:], batches[:5]]
+        threads = [
+            threading.Thread(target=lambda order=order: [pending.wait() for _, _, pending in order], daemon=True)
+            for order in orders
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
+        for buffer, ranges, _ in batches:
+            check(content, buffer, *ranges)
+
+    def test_a_dropped_reader_ends_its_reads_and_closes_its_file(self, path):
+        before = len(os.listdir("/proc/self/fd"))
+        reader, buffer = open_reader(path, backend=self.backend, tuning=SEPARATE), blank(200)
+        pending = read(reader, buffer, range(0, 400, 2), [1] * 200, range(200))
+        del reader, pending
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
+        buffer[:] = FILLER
+        time.sleep(0.02)
+        assert (buffer == FILLER).all()
+
+    @pytest.mark.parametrize("call", ["submit", "wait"])
+    def test_an_interrupt_at_any_line_leaves_nothing_in_flight_and_the_reader_whole(self, make, path, content, call):
+        reader = make(path, SEPARATE)
+        ranges = range(0, 40, 2), [1] * 20, range(20)
+        outcomes = set()
+        for countdown in itertools.count(step=self.line_step):
+            other = blank(20)
+            earlier = read(reader, other, *ranges)
+            buffer = blank(20)
+            tracer = _InterruptAtLine(countdown)
+            pending = None
+            try:
+                if call == "submit":
+                    with tracer:
+                        pending = read(reader, buffer, *ranges)
+                else:
+                    pending = read(reader, buffer, *ranges)
+                    with tracer:
+                        pending.wait()
+            except KeyboardInterrupt:
+                buffer[:] = FILLER
+                time.sleep(0.0005)
+                assert (buffer == FILLER).all()
+                assert pending is None or pending.is_done
+            try:
+                earlier.wait()
+            except FlashReadError as error:
+                outcomes.add(error.message)
+            else:
+                outcomes.add("read")
+                check(content, other, *ranges)
+            read(reader, buffer, *ranges).wait()
+            check(content, buffer, *ranges)
+            if not tracer.has_fired:
+                break
+        assert countdown > 20
+        assert outcomes == {"read", "reading was interrupted"}
+
+
+class _InterruptAtLine:
+    """Raises KeyboardInterrupt before the given line, counted over what is run of the queues and their reader.
+
+    Lines with ``with`` do not count: they are traced again between the block and the release of its lock, where the
+    interpreter runs no handlers.
+    """
+
+    def __init__(self, countdown):
+        self.countdown = countdown
+        self.has_fired = False
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+
+    def __exit__(self, *exception):
+        sys.settrace(self.before)
+
+    def trace(self, frame, event, argument):
+        if not frame.f_code.co_filename.endswith("_queue.py") and "queue_reader" not in frame.f_code.co_filename:
+            return None
+        if event != "line" or self.has_fired:
+            return self.trace
+        if linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            return self.trace
+        if self.countdown == 0:
+            self.has_fired = True
+            raise KeyboardInterrupt
+        self.countdown -= 1
+        return self.trace
 
 
 class TestUring(QueueContract):
     backend = "uring"
     queue = UringQueue
     calls = ("io_uring_enter",)
+    line_step = 1
 
 
 class TestAio(QueueContract):
     backend = "aio"
     queue = AioQueue
     calls = ("io_submit", "io_getevents")
+    line_step = 9  # ending a context takes a tenth of a second
