@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= .cache/demo
 DEMO_MEMORY ?= 340MiB
+BENCH_LIKE ?= opt-6.7b
 DEMO_PROMPT ?= What is the capital of France, and what is it famous for?
 
 .PHONY: demo test test-slow lint bench clean
@@ -30,6 +31,10 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/flashfmt inspect $(DEMO_DIR)/smollm2-135m.flash
 	$(BIN)/flashfmt run $(DEMO_DIR)/smollm2-135m.flash --chat --memory $(DEMO_MEMORY) --context 256 --kv f16 \
 		--temperature 0 --max-tokens 120 "$(DEMO_PROMPT)"
+
+# The ablation of benchmarks/results; needs about 30 GB of disk for OPT-6.7B shapes, and a machine that does nothing else.
+bench: $(VENV)/demo.stamp
+	$(BIN)/flashfmt bench --like $(BENCH_LIKE) --ablation --compare --memory 50% --output benchmarks/results/$(BENCH_LIKE)
 
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
