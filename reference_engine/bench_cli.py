@@ -117,7 +117,7 @@ def _rows(ctx: click.Context, param: click.Parameter, value: str | None) -> list
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Also write results.json there, and pictures of it where matplotlib is installed (extra: plots).",
+    help="Also write results.json and tables.txt there, and pictures where matplotlib is installed (extra: plots).",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 @ENGINE_OPTIONS

@@ -1,4 +1,4 @@
-"""The files of a benchmark: its figures as JSON, and pictures of them. Each appears whole or not at all."""
+"""The files of a benchmark: its figures as JSON, its tables, and pictures. Each appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from rich.console import Console
+
 from flashfmt.errors import FlashWriteError
 from reference_engine.bench.plot import plot
 from reference_engine.bench.results import Report
+from reference_engine.bench.tables import tables
 
 RESULTS_NAME: Final = "results.json"
+TABLES_NAME: Final = "tables.txt"
 PLOT_NAMES: Final = ("latency.png", "latency.svg")
+_WIDTH: Final = 120
 
 
 def document(report: Report) -> str:
@@ -23,7 +28,7 @@ def document(report: Report) -> str:
 
 
 def write_results(report: Report, folder: Path) -> None:
-    """Write the figures to `folder`, which is made if need be.
+    """Write figures and tables to `folder`, which is made if need be.
 
     Raises
     ------
@@ -35,6 +40,10 @@ def write_results(report: Report, folder: Path) -> None:
         raise FlashWriteError(f"cannot be made: {error.strerror or error}", path=folder) from error
     with _replaced(folder / RESULTS_NAME) as partial:
         partial.write_text(document(report) + "\n", encoding="utf-8")
+    with _replaced(folder / TABLES_NAME) as partial, partial.open("w", encoding="utf-8") as file:
+        console = Console(file=file, width=_WIDTH, highlight=False)
+        for part in tables(report):
+            console.print(part)
 
 
 def write_plots(report: Report, folder: Path) -> None:

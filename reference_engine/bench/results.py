@@ -137,7 +137,7 @@ class Floor:
 
 @dataclass(frozen=True, slots=True)
 class PublishedRow:
-    """A row of the paper's table 2 (OPT-6.7B, 16 bits, Apple M1 Max). None where it gives no figure."""
+    """A row of the paper's table 2: OPT-6.7B, 16 bits, Apple M1 Max. Its first two rows are computed, not run."""
 
     dram_gb: float
     transferred_gb: float

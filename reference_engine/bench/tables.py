@@ -37,7 +37,10 @@ def tables(report: Report) -> Iterator[RenderableType]:
         if report.floor is not None:
             yield _floor(report.floor, report.run)
     if report.rows:
-        yield _ablation(report.rows)
+        yield _amounts(report.rows)
+        yield _latencies(report.rows)
+        if any(row.published is not None for row in report.rows):
+            yield _published(report.rows)
         if report.rows[0].floor is not None:
             yield _floors(report.rows)
     for line in report.notes:
@@ -112,44 +115,63 @@ def _floor(floor: Floor, run: RunResult) -> Table:
     return table
 
 
-def _ablation(rows: tuple[AblationRow, ...]) -> Table:
-    table = _table("", "one row on top of the other; milliseconds a token")
-    for name in ("DRAM GB", "slots", "read", "requests", "GB/s", "I/O", "memory", "compute", "total", "tokens"):
-        table.add_column(name, justify="right")
-    with_published = any(row.published for row in rows)
-    if with_published:
-        table.add_column("paper: DRAM, read, I/O", justify="right")
+def _amounts(rows: tuple[AblationRow, ...]) -> Table:
+    table = _table("", "one row on top of the other: what is kept, and what a token reads")
+    for name in ("DRAM GB", "slots", "read", "requests", "GB/s"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        cells = [
+        table.add_row(
             row.label,
             f"{row.kept_bytes / _GB:.2f}",
             "" if row.held_share is None else f"{row.held_share:.1%}",
             _amount(row.run.bytes_per_token),
             f"{row.run.requests_per_token:.0f}",
             "-" if row.bytes_per_second is None else f"{row.bytes_per_second / _GB:.2f}",
+        )
+    return _captioned(
+        table,
+        "DRAM: weights kept from token to token; slots: neurons there is room for. Every row has the same ceiling in "
+        "bytes. Where reading overlaps computing, it has no speed of its own (-).",
+    )
+
+
+def _latencies(rows: tuple[AblationRow, ...]) -> Table:
+    table = _table("", "one row on top of the other: milliseconds a token")
+    for name in ("I/O", "memory", "compute", "total", "tokens/s", "measured"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.label,
             f"{1e3 * row.io_seconds:.0f}",
             f"{1e3 * row.upkeep_seconds:.1f}",
             f"{1e3 * row.compute_seconds:.0f}",
             f"{1e3 * row.run.seconds_per_token:.0f}",
+            f"{1 / row.run.seconds_per_token:.2f}",
             str(row.run.n_tokens),
-        ]
-        if with_published:
-            p = row.published
-            cells.append("" if p is None else f"{p.dram_gb:g} GB, {p.transferred_gb:g} GB, {p.io_ms:g} ms")
-        table.add_row(*cells)
-    table.caption = (
-        "DRAM: weights kept from token to token; slots: neurons there is room for. I/O: computing stood still; where "
-        "it overlaps, reading has no speed of its own (-). memory: windows and caches. compute: all else, predictors "
-        "included."
+        )
+    return _captioned(
+        table,
+        "I/O: computing stood still. memory: windows and caches. compute: all else, predictors included. measured: "
+        "tokens, after the window has settled.",
     )
-    table.caption_justify = "left"
+
+
+def _published(rows: tuple[AblationRow, ...]) -> Table:
+    table = _table("", "the paper's table 2, for these shapes on an Apple M1 Max")
+    for name in ("DRAM GB", "read", "GB/s", "I/O"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        p = row.published
+        if p is not None:
+            figures = (f"{p.dram_gb:g}", f"{p.transferred_gb:g} GB", f"{p.gb_per_second:.2f}", f"{p.io_ms:g}")
+            table.add_row(row.label, *figures)
     return table
 
 
 def _floors(rows: tuple[AblationRow, ...]) -> Table:
     table = _table("", "against what this machine allows: milliseconds a token")
     for name in ("to read", "GB/s", "reads", "memory", "floor", "measured", "ratio"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row.floor is not None:
             f, measured = row.floor, row.run.seconds_per_token
@@ -178,7 +200,12 @@ def _plain(title: str) -> Table:
     return Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
 
 
+def _captioned(table: Table, caption: str) -> Table:
+    table.caption, table.caption_justify = caption, "left"
+    return table
+
+
 def _table(first: str, title: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, min_width=12)
     return table

@@ -94,7 +94,8 @@ def test_an_ablation_in_a_table_and_in_files(small_shape, cache, tmp_path, monke
     assert result.exit_code == 0, result.output
     assert "install flashfmt[plots]" in result.stderr
     assert result.stdout.index("+ window of 5 tokens") < result.stdout.index("+ overlap")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["results.json"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["results.json", "tables.txt"]
+    assert "+ window of 5 tokens" in (tmp_path / "new" / "tables.txt").read_text()
     report = json.loads((tmp_path / "new" / "results.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["window", "overlap"]
     for row in report["rows"]:
@@ -107,7 +108,7 @@ def test_pictures_are_drawn_where_they_can_be(small_shape, cache, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ("--cache", cache, "--residents", "q8", "--ablation", "--rows", "overlap", *SHORT, "--compare")
     assert invoke("--like", small_shape.name, *arguments, "--output", tmp_path).exit_code == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "latency.png", "latency.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "tables.txt", "latency.png", "latency.svg"}
 
 
 def test_a_share_of_the_model_is_a_ceiling(model):
