@@ -81,10 +81,13 @@ class NumpyFit:
     def _loss(self, parameters: Sequence[F32]) -> float:
         """Balanced loss on some validation text."""
         down, up, bias = parameters
-        z, active = self._checked
-        standard = (z - self._of.mean.astype(np.float32)) / self._of.scale.astype(np.float32)
-        logits = cast(F32, (standard @ down.T) @ up.T + bias)
-        return balanced_loss(logits, active, self._of.weights())
+        mean, scale = self._of.mean.astype(np.float32), self._of.scale.astype(np.float32)
+        total, (z, active) = 0.0, self._checked
+        for first in range(0, len(z), self._options.batch_tokens):
+            rows = slice(first, first + self._options.batch_tokens)
+            logits = cast(F32, ((z[rows] - mean) / scale @ down.T) @ up.T + bias)
+            total += balanced_loss(logits, active[rows], self._of.weights()) * len(logits)
+        return total / len(z)
 
 
 def sample(data: TrainingData, n_tokens: int) -> tuple[F32, Mask]:

@@ -90,8 +90,10 @@ class RegressionStart:
         self._log_balance = float(np.log(of.weights()[0] / of.weights()[1]))
         self._data, self._of = data, of
         ridge = _RIDGE * max(np.trace(of.correlation) / d, 1e-12)
-        root = np.linalg.cholesky(of.correlation + ridge * np.eye(d))
-        self._whiten = np.linalg.inv(root).astype(np.float32)  # (d, d)
+        covariance = of.correlation.copy()
+        covariance[np.diag_indices(d)] += ridge
+        self._whiten = np.linalg.inv(np.linalg.cholesky(covariance)).astype(np.float32)  # (d, d)
+        del covariance
         k = min(largest_rank + _OVERSAMPLING, d)
         drawn = np.random.default_rng(seed).standard_normal((n, k), np.float32)
         basis = _orthonormal(self._times(drawn))  # (d, k)
