@@ -73,7 +73,8 @@ _QUIET = click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
     "--target",
     default="recall=0.95",
     show_default=True,
-    help="What predictors must reach in each layer (recall=0.95) or in all (perplexity=1%).",
+    help="What predictors must reach: in each layer (recall=0.95), or all together, on other text with 95 % confidence "
+    "(perplexity=1%).",
 )
 @click.option(
     "--kind",
@@ -160,7 +161,8 @@ def calibrate(model: Path, texts: tuple[Path, ...], output: Path | None, as_json
             progress=progress,
         )
     if not report.target_met:
-        click.echo(f"warning: {target} is not reached on validation text; this is the closest", err=True)
+        surely = "reached on" if target.metric == "recall" else "sure to be kept, going by the"
+        click.echo(f"warning: {target} is not {surely} validation text; this is the closest", err=True)
     elif target.metric == "perplexity" and report.perplexity_cost > target.value:
         click.echo(f"warning: {target} is kept on validation text, but not on the held-out one; ask for less", err=True)
     if as_json:
