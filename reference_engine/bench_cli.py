@@ -140,7 +140,8 @@ def bench(
 
     Says how long a token takes, what it reads from flash, and where its time goes. With --like, the neurons that a
     token uses are drawn to have the statistics that the paper gives for OPT-6.7B, unless --selector or --exact say
-    otherwise, or the activation is not sparse.
+    otherwise, or the activation is not sparse. The context is as long as prompt and tokens need, unless --context says
+    otherwise.
     """
     _refuse(ctx, model, shape)
     encoding = Encoding(options.pop("encoding"))
