@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import flashfmt
+from flashfmt import Decoder
 from flashfmt.encodings import Encoding
 from reference_engine.bench.ablation import ROWS, WARM_UP_TOKENS, RowName, RowSpec, Subjects, run_row
 from reference_engine.bench.activity import PUBLISHED, SyntheticActivity, fit
@@ -100,10 +101,7 @@ def perform(request: Request, source: Path | SyntheticFiles, encoding: Encoding,
     n_fed = len(prompt) + request.n_tokens + (0 if request.rows is None else WARM_UP_TOKENS)
     memory = request.ceiling.of(model_bytes)
     options = with_room(path, dataclasses.replace(request.options, memory=memory), n_fed)
-    activity = None
-    if request.with_activity:
-        n_drawn = min(max(n_fed * request.n_sequences, _MIN_ACTIVITY_TOKENS), _MAX_ACTIVITY_TOKENS)
-        activity = SyntheticActivity(fit(PUBLISHED), decoder.n_layers, decoder.ffn.d_ff, n_drawn, request.seed)
+    activity = _activity(request, decoder, n_fed) if request.with_activity else None
     selector = SelectorChoice("file" if manifest.predictors or activity is None else "all")
     machine = None
     if request.floor_seconds is not None:
@@ -122,12 +120,12 @@ def perform(request: Request, source: Path | SyntheticFiles, encoding: Encoding,
             options = dataclasses.replace(options, sparse=sparse)
         run, floor = _single(path, options, prompt, request.effort, machine=machine, progress=progress)
         return dataclasses.replace(report, run=run, floor=floor)
-    sparse_asked = options.sparse
+    asked = options.sparse or SparseOptions(selector)
     subjects = Subjects(
         path=lambda wanted: path if wanted is None or isinstance(source, Path) else source.path(wanted),
         encodings=() if isinstance(source, Path) else tuple(Encoding),
-        selector=selector if sparse_asked is None else sparse_asked.selector,
-        prefetch=None if sparse_asked is None else sparse_asked.prefetch,
+        selector=asked.selector,
+        prefetch=asked.prefetch,
         activity=activity,
     )
     wanted = [spec for spec in ROWS if spec.name in request.rows]
@@ -147,6 +145,12 @@ def perform(request: Request, source: Path | SyntheticFiles, encoding: Encoding,
     )
     notes = (*_left_out(wanted, subjects), *_without_window(rows))
     return dataclasses.replace(report, rows=rows, notes=notes)
+
+
+def _activity(request: Request, decoder: Decoder, n_tokens: int) -> SyntheticActivity:
+    """Activity for sequences of `n_tokens`, enough of it to tell its statistics."""
+    n_drawn = min(max(n_tokens * request.n_sequences, _MIN_ACTIVITY_TOKENS), _MAX_ACTIVITY_TOKENS)
+    return SyntheticActivity(fit(PUBLISHED), decoder.n_layers, decoder.ffn.d_ff, n_drawn, request.seed)
 
 
 def _left_out(wanted: Sequence[RowSpec], subjects: Subjects) -> Iterator[str]:
