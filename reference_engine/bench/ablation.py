@@ -200,7 +200,9 @@ def _opener(model: FlashModel, spec: RowSpec) -> OpenReader:
 def _sparse_options(spec: RowSpec, subjects: Subjects, opener: OpenReader, window: BuildsWindow) -> SparseOptions:
     rules: dict[str, BuildsWindow] = {"nothing": KeepNothing(), "paper": PAPER_WINDOW, "own": window}
     if spec.kind == "dense":
-        return SparseOptions(SelectorChoice("all"), window=rules[spec.keeps], open_reader=opener, overlap=False)
+        return SparseOptions(
+            SelectorChoice("all"), window=rules[spec.keeps], open_reader=opener, overlap=False, preload=False
+        )
     activity = subjects.activity
     return SparseOptions(
         subjects.selector,
@@ -208,6 +210,7 @@ def _sparse_options(spec: RowSpec, subjects: Subjects, opener: OpenReader, windo
         window=rules[spec.keeps],
         open_reader=opener,
         overlap=not spec.waits,
+        preload=spec.keeps == "own",
         substitute=None if activity is None else replaying(activity, ahead=spec.ahead),
     )
 
