@@ -1,6 +1,11 @@
 """Ways to fit a low-rank predictor, all to the same loss: with numpy alone, or with torch, on a GPU where there is one.
 
 torch comes with the extra ``train``, and is imported when it is asked for.
+
+One layer of OPT-6.7B's shape (4096 x 16384, rank 256, 20 000 tokens) on two cores with AVX-512 and AMX, by
+``benchmarks/fit_predictor.py``: 15 s for the start, then 10.5 s an epoch with numpy, 5.6 s with torch in float32 and
+4.5 s in bfloat16, with 1.0 GiB or less on top of the text (torch); all three predict the same share of the neurons at
+the same recall. On a GPU it has not been run.
 """
 
 from __future__ import annotations
