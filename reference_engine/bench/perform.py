@@ -143,6 +143,9 @@ def perform(request: Request, source: Path | SyntheticFiles, encoding: Encoding,
         for spec in wanted
         if subjects.why_not(spec) is None
     )
+    if machine is not None:
+        bandwidth = machine.memory_bandwidth()
+        rows = tuple(_with_memory(row, bandwidth) for row in rows)
     notes = (*_left_out(wanted, subjects), *_without_window(rows))
     return dataclasses.replace(report, rows=rows, notes=notes)
 
@@ -153,6 +156,13 @@ def _activity(request: Request, decoder: Decoder, n_tokens: int) -> SyntheticAct
     return SyntheticActivity(fit(PUBLISHED), decoder.n_layers, decoder.ffn.d_ff, n_drawn, request.seed)
 
 
+def _with_memory(row: AblationRow, bandwidth: float) -> AblationRow:
+    """`row` with the bandwidth of memory that was the best in all of the run."""
+    if row.floor is None:
+        return row
+    return dataclasses.replace(row, floor=dataclasses.replace(row.floor, memory_bandwidth=bandwidth))
+
+
 def _left_out(wanted: Sequence[RowSpec], subjects: Subjects) -> Iterator[str]:
     for spec in wanted:
         reason = subjects.why_not(spec)
@@ -161,12 +171,14 @@ def _left_out(wanted: Sequence[RowSpec], subjects: Subjects) -> Iterator[str]:
 
 
 def _without_window(rows: Sequence[AblationRow]) -> Iterator[str]:
-    for row in rows:
-        if row.held_share is not None and row.run.costs.n_active > row.held_share * row.n_neurons * row.run.n_tokens:
-            yield (
-                f"{row.label}: the ceiling leaves slots for {row.held_share:.1%} of the neurons, fewer than a token "
-                "uses, so no window can be held: give more memory, or --residents q8"
-            )
+    starved = [(row.name, row.held_share) for row in rows if row.held_share is not None and row.has_no_window]
+    if starved:
+        shares = [share for _, share in starved]
+        yield (
+            f"in the rows {', '.join(name for name, _ in starved)} the ceiling leaves slots for {min(shares):.1%} to "
+            f"{max(shares):.1%} of the neurons, fewer than a token uses, so that no window can be held: give more "
+            "memory, or --residents q8"
+        )
 
 
 def _single(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any, Final
 
 from reference_engine.bench.results import AblationRow, Report, RunResult
 from reference_engine.evaluation.plot import require_matplotlib
 
+_CLOSER: Final = 1.6  # how much of the median row the second panel shows
 _PARTS: Final = ("I/O", "memory management", "compute")
 
 
@@ -21,11 +23,16 @@ def plot(report: Report, path: Path) -> None:
     OSError
         If the file cannot be written.
     """
-    figure = require_matplotlib().Figure(figsize=(12, 0.45 * max(len(report.rows), 6) + 1.6), layout="constrained")
+    figure = require_matplotlib().Figure(figsize=(14, 0.45 * max(len(report.rows), 6) + 1.6), layout="constrained")
     if report.rows:
-        latency, amounts = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+        latency, closer, amounts = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
         _draw_rows(latency, report.rows)
+        _draw_rows(closer, report.rows)
+        closer.set(xlim=(0, _CLOSER * statistics.median(row.run.seconds_per_token for row in report.rows)))
+        closer.set_title("Closer")
+        latency.legend(fontsize=8)
         _draw_amounts(amounts, report.rows)
+        amounts.invert_yaxis()
     elif report.run is not None:
         tokens, split = figure.subplots(1, 2)
         _draw_tokens(tokens, report)
@@ -43,14 +50,12 @@ def _draw_rows(axes: Any, rows: tuple[AblationRow, ...]) -> None:
         axes.barh(labels, values, left=left, label=name)
         left = [a + b for a, b in zip(left, values, strict=True)]
     for row, end in zip(rows, left, strict=True):
-        axes.annotate(f" {end:.2f} s", (end, row.label), va="center", fontsize=8)
+        axes.annotate(f" {end:.3g} s", (end, row.label), va="center", fontsize=8, annotation_clip=True)
     floors = [(row.floor.seconds, row.label) for row in rows if row.floor is not None]
     if floors:
         axes.plot(*zip(*floors, strict=True), "k|", markersize=16, label="floor of this machine")
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.2)
     axes.set(xlabel="seconds a token", title="Latency")
-    axes.legend(fontsize=8)
 
 
 def _part(row: AblationRow, name: str) -> float:

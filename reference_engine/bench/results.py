@@ -177,6 +177,12 @@ class AblationRow:
         return share
 
     @property
+    def has_no_window(self) -> bool:
+        """Whether there are fewer slots than neurons that a token uses."""
+        n_active = self.run.costs.n_active / self.run.n_tokens
+        return self.held_share is not None and self.held_share * self.n_neurons < n_active
+
+    @property
     def io_seconds(self) -> float:
         """Seconds of a token in which computing stood still for reading."""
         split = self.run.split()
