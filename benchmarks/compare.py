@@ -67,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--limit", help="none, SIZE, or N%% of the model in float16 [default for --shape: 50%%]")
     what.add_argument("--contenders", help=f"some of {','.join(CONTENDERS)}")
     how = parser.add_argument_group("how")
+    how.add_argument("--prepare", action="store_true", help="make the models in --cache, run nothing")
     how.add_argument("--tokens", type=int, help="tokens timed")
     how.add_argument("--rounds", type=int, default=2, help="[%(default)s]")
     how.add_argument("--timeout", type=float, default=140.0, help="seconds a run may take [%(default)s]")
@@ -98,8 +99,8 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
         if unknown:
             raise SystemExit(f"no contender {', '.join(unknown)}: there are {', '.join(CONTENDERS)}")
         cases = [replace(case, contenders=names) for case in cases]
-    if arguments.limit is not None:
-        cases = [replace(case, limit=arguments.limit) for case in cases]
+    if arguments.limit is not None and arguments.shape is None:
+        cases = [replace(case, name=f"{case.name} at {arguments.limit}", limit=arguments.limit) for case in cases]
     if arguments.tokens is not None:
         cases = [replace(case, n_tokens=arguments.tokens, n_slow=arguments.tokens) for case in cases]
     return cases
@@ -119,6 +120,7 @@ def main() -> int:
         prefix=tuple(shlex.split(arguments.prefix)),
         timeout=arguments.timeout,
         tools=Tools(arguments.llama_bench, arguments.torch_python),
+        prepare_only=arguments.prepare,
     )
     json_path = arguments.json or (RESULTS if arguments.suite else None)
     with tempfile.TemporaryDirectory() as temporary:
@@ -129,7 +131,8 @@ def main() -> int:
         for case in cases:
             results.begin(case, fresh=arguments.fresh)
             summary = compare(case, store, settings, results, lambda line: print(line, file=sys.stderr))
-            print("\n".join(table(case.name, summary)))
+            if not settings.prepare_only:
+                print("\n".join(table(case.name, summary)))
     return 0
 
 

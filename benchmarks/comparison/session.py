@@ -20,6 +20,7 @@ from comparison.contenders import CONTENDERS, Contender, Tools
 from comparison.figures import Run, per_token, summarise
 from comparison.model_store import ModelStore, files_of, nominal_nbytes
 
+_CASE_FIELDS: Final = ("shape", "encoding", "residents", "limit", "basis", "targets")
 _BENCHMARKS: Final = Path(__file__).parents[1]
 
 
@@ -33,6 +34,7 @@ class Settings:
     room : bytes that the models may take on the disk.
     prefix : command that every run is started with.
     timeout : seconds that a run may take.
+    prepare_only : make the models and run nothing.
     """
 
     n_rounds: int
@@ -40,6 +42,7 @@ class Settings:
     prefix: tuple[str, ...]
     timeout: float
     tools: Tools
+    prepare_only: bool = False
 
 
 class Results:
@@ -54,7 +57,7 @@ class Results:
 
     def begin(self, case: Case, *, fresh: bool) -> None:
         """Take up a case; with `fresh`, forget what is known of it."""
-        self._cases[case.name] = asdict(case)
+        self._cases[case.name] = {name: value for name, value in asdict(case).items() if name in _CASE_FIELDS}
         if fresh:
             self.runs = [run for run in self.runs if run["case"] != case.name]
 
@@ -89,7 +92,7 @@ def compare(
         reason = contender.unavailable(settings.tools)
         if reason is None:
             able.append(contender)
-        else:
+        elif not settings.prepare_only:
             results.add(_labels(case, contender, session, 0) | {"failure": reason, "limit": None})
     forms = {contender.name: contender.form_for(case.encoding, case.residents) for contender in able}
     sizes = {form: nominal_nbytes(shape_of(case), form) for form in forms.values()}
@@ -99,7 +102,7 @@ def compare(
             say(f"{case.name}: making {form}")
             store.make_room(shape_of(case), form, keep=wanted, room=settings.room)
             store.require(shape_of(case), form)
-        for number in range(settings.n_rounds):
+        for number in range(0 if settings.prepare_only else settings.n_rounds):
             for name in group:
                 run = _run(case, CONTENDERS[name], store.path(shape_of(case), forms[name]), settings)
                 results.add(_labels(case, CONTENDERS[name], session, number) | run)
