@@ -9,11 +9,28 @@ import importlib.util
 from typing import Literal
 
 from reference_engine.backends.numpy_backend import NumpyBackend
-from reference_engine.backends.protocol import FFN_BLOCK_NEURONS, Backend, FfnShape, Matrix
+from reference_engine.backends.protocol import (
+    FFN_BLOCK_NEURONS,
+    AttentionWeights,
+    Backend,
+    FfnShape,
+    HeadNorm,
+    Matrix,
+)
 
 BackendName = Literal["auto", "numba", "numpy"]
 
-__all__ = ["FFN_BLOCK_NEURONS", "Backend", "BackendName", "FfnShape", "Matrix", "is_compiled", "load_backend"]
+__all__ = [
+    "FFN_BLOCK_NEURONS",
+    "AttentionWeights",
+    "Backend",
+    "BackendName",
+    "FfnShape",
+    "HeadNorm",
+    "Matrix",
+    "is_compiled",
+    "load_backend",
+]
 
 
 def is_compiled(name: BackendName = "auto") -> bool:

@@ -23,7 +23,16 @@ from flashfmt.encodings import Encoding, PartLayout, part_layout
 from flashfmt.manifest import Activation
 from reference_engine.backends.activations import ACTIVATION_CODES
 from reference_engine.backends.cupy_protocol import Device, DeviceArray
-from reference_engine.backends.protocol import FFN_BLOCK_NEURONS, F32Array, FfnShape, IdArray, Matrix, Pairing
+from reference_engine.backends.protocol import (
+    FFN_BLOCK_NEURONS,
+    AttentionStep,
+    AttentionWeights,
+    F32Array,
+    FfnShape,
+    IdArray,
+    Matrix,
+    Pairing,
+)
 
 FEW_TOKENS: Final = 8
 MAX_HEAD_DIM: Final = 512
@@ -202,6 +211,10 @@ class CupyBackend:
         grid = (n_tokens * n_heads, 1, 1)
         self._launch("attend_combine", grid, _ATTEND_THREADS, partial, i32(n_stretches), i32(width), out)
         return out
+
+    def bind_attention(self, weights: AttentionWeights) -> AttentionStep | None:
+        """See `Backend.bind_attention`."""
+        return None
 
     def ffn(
         self,

@@ -123,14 +123,14 @@ def _attend_head(
         v0, v1 = values + row * p, values + row * min(p + 1, end)
         v2, v3 = values + row * min(p + 2, end), values + row * min(p + 3, end)
         axpy4(
-            tag, out, sa + 4 * i, 0, width, width, 0, v0, v1, v2, v3, v0 + step, v1 + step, v2 + step, v3 + step
+            tag, out, sa + 4 * i, 0, width, v0, v1, v2, v3, v0 + step, v1 + step, v2 + step, v3 + step
         )  # fmt: skip
     for i in range(width):
         target[i] /= total
 
 
 @compiled
-def _attend_items(
+def attend_items(
     tag: Any, q: int, keys: int, values: int, row: int, head: int, n_heads: int, n_kv_heads: int, width: int,
     n_tokens: int, n_past: int, scale: float, window: int, out: int, begin: int, end: int,
 ) -> None:  # fmt: skip
@@ -157,7 +157,7 @@ def attend(
     n_items = n_heads * n_tokens
     for c in prange(n_threads):
         begin, end = c * n_items // n_threads, (c + 1) * n_items // n_threads
-        _attend_items(
+        attend_items(
             tag, q, keys, values, row, head, n_heads, n_kv_heads, width, n_tokens, n_past, scale, window, out,
             begin, end,
         )  # fmt: skip

@@ -24,11 +24,22 @@ from reference_engine.backends.numba_attention import attend, norm, rotate
 from reference_engine.backends.numba_gemm import ffn_many, matmul_many
 from reference_engine.backends.numba_kernels import ffn_one, matmul_one
 from reference_engine.backends.numba_runtime import choose_threading_layer, config, usable_cores
+from reference_engine.backends.numba_token import PLAN, attention_one
 from reference_engine.backends.numba_weights import TAGS
-from reference_engine.backends.protocol import F32Array, FfnShape, IdArray, Matrix, Pairing
+from reference_engine.backends.protocol import (
+    AttentionStep,
+    AttentionWeights,
+    F32Array,
+    FfnShape,
+    IdArray,
+    Matrix,
+    Pairing,
+)
 
 typeof: Any = numba.typeof
 
+_F32: Final = np.dtype(np.float32)
+_KV_DTYPES: Final = (np.dtype(np.float32), np.dtype(np.float16))
 _KV_TAGS: Final = {np.dtype(np.float32): TAGS[Encoding.F32], np.dtype(np.float16): TAGS[Encoding.F16]}
 
 
@@ -127,6 +138,13 @@ class NumbaBackend:
         )  # fmt: skip
         return out
 
+    def bind_attention(self, weights: AttentionWeights) -> AttentionStep | None:
+        """See `Backend.bind_attention`: for matrices of one encoding."""
+        matrices = (weights.q, weights.k, weights.v, weights.output)
+        if len({matrix.encoding for matrix in matrices}) > 1:
+            return None
+        return _BoundAttention(weights, self._n_threads)
+
     def ffn(
         self,
         shape: FfnShape,
@@ -163,19 +181,89 @@ class NumbaBackend:
             ffn_many(*stored, *biases, *functions, xa, n_tokens, out, self._n_threads)
 
 
+class _BoundAttention:
+    """`AttentionStep` by one kernel, whose arguments are made ready once."""
+
+    def __init__(self, weights: AttentionWeights, n_threads: int) -> None:
+        w = self._weights = weights
+        self._n_threads = n_threads
+        self._tag = TAGS[w.q.encoding]
+        self._plan = np.zeros(1, PLAN)
+        matrices = (
+            ("q", w.q, w.q_bias),
+            ("k", w.k, w.k_bias),
+            ("v", w.v, w.v_bias),
+            ("output", w.output, w.output_bias),
+        )
+        n, n_kv, d_model = w.n_heads * w.head_dim, w.n_kv_heads * w.head_dim, w.q.n_cols
+        shapes = [(matrix.n_rows, matrix.n_cols) for _, matrix, _ in matrices]
+        if shapes != [(n, d_model), (n_kv, d_model), (n_kv, d_model), (d_model, n)]:
+            raise ValueError(f"matrices {shapes} do not go together")
+        for name, matrix, bias in matrices:
+            self._plan[name], self._plan[f"{name}_stride"] = _base(matrix.data), matrix.data.strides[0]
+            self._plan[f"{name}_bias"] = 0 if bias is None else _address(bias, (matrix.n_rows,))
+        for name, head_norm, length in (("q", w.q_norm, n), ("k", w.k_norm, n_kv)):
+            if head_norm is None:
+                continue
+            size = (length // head_norm.n_vectors,)
+            self._plan[f"{name}_rows"] = head_norm.n_vectors
+            self._plan[f"{name}_weight"] = 0 if head_norm.weight is None else _address(head_norm.weight, size)
+            self._plan[f"{name}_norm_bias"] = 0 if head_norm.bias is None else _address(head_norm.bias, size)
+            self._plan["centred"], self._plan["eps"] = head_norm.centred, head_norm.eps
+        self._plan["d_model"], self._plan["n_heads"], self._plan["n_kv_heads"] = d_model, w.n_heads, w.n_kv_heads
+        self._plan["width"], self._plan["scale"], self._plan["window"] = w.head_dim, w.scale, w.window or 0
+        self._plan["interleaved"] = w.pairing == "interleaved"
+
+    def __call__(
+        self,
+        x: F32Array,
+        cos: F32Array | None,
+        sin: F32Array | None,
+        keys: npt.NDArray[Any],
+        values: npt.NDArray[Any],
+        *,
+        n_past: int,
+    ) -> F32Array:
+        """See `AttentionStep`."""
+        w = self._weights
+        n_kv_heads, capacity, width = keys.shape
+        if (n_kv_heads, width) != (w.n_kv_heads, w.head_dim) or values.shape != keys.shape:
+            raise ValueError(f"keys {keys.shape} and values {values.shape} do not go with the weights")
+        if not 0 <= n_past < capacity:
+            raise ValueError(f"{n_past + 1} positions exceed the {capacity} that keys and values hold")
+        if values.dtype != keys.dtype or not (keys.flags.c_contiguous and values.flags.c_contiguous):
+            raise ValueError("keys and values are C-contiguous and of one dtype")
+        n_pairs, angles = 0, (0, 0)
+        if cos is not None and sin is not None:
+            n_pairs = cos.shape[1]
+            angles = (_address(cos, (1, n_pairs)), _address(sin, (1, n_pairs)))
+            if 2 * n_pairs > width:
+                raise ValueError(f"{n_pairs} pairs exceed a head of {width}")
+        out = np.empty_like(x)
+        half = _KV_DTYPES.index(keys.dtype)
+        numba.set_num_threads(self._n_threads)
+        attention_one(
+            self._tag, self._plan, _address(x, (1, w.q.n_cols)), *angles, n_pairs, _base(keys), _base(values), half,
+            capacity * width * keys.itemsize, n_past, _base(out), self._n_threads,
+        )  # fmt: skip
+        return out
+
+
 def compile_kernels(encodings: Iterable[Encoding] = TAGS) -> None:
     """Compile every kernel for `encodings`, or load it from the disk cache; runs none."""
     integers = {"int": types.int64, "float": types.float64, "Any": types.float32[:, ::1]}
+    special = {"plans": typeof(np.zeros(1, PLAN))}
     tags = [typeof(TAGS[encoding]) for encoding in encodings]
     kv_tags = [typeof(tag) for tag in _KV_TAGS.values()]
     families: list[tuple[Any, list[Any]]] = [
         (matmul_one, tags), (matmul_many, tags), (ffn_one, tags), (ffn_many, tags),
-        (attend, kv_tags), (rotate, [None]), (norm, [None]),
+        (attention_one, tags), (attend, kv_tags), (rotate, [None]), (norm, [None]),
     ]  # fmt: skip
     for kernel, kernel_tags in families:
         parameters = inspect.signature(kernel.py_func).parameters.values()
         for tag in kernel_tags:
-            kernel.compile(tuple(tag if p.name == "tag" else integers[p.annotation] for p in parameters))
+            kinds = special | {"tag": tag}
+            kernel.compile(tuple(kinds.get(p.name) or integers[p.annotation] for p in parameters))
 
 
 def _base(array: npt.NDArray[Any]) -> int:
@@ -186,7 +274,7 @@ def _base(array: npt.NDArray[Any]) -> int:
 
 def _address(array: F32Array, shape: tuple[int, ...]) -> int:
     """Address of a float32 C-contiguous array of a certain shape."""
-    if array.shape != shape or array.dtype != np.float32 or not array.flags.c_contiguous:
+    if array.shape != shape or array.dtype != _F32 or not array.flags.c_contiguous:
         raise ValueError(f"expected a C-contiguous float32 array {shape}, got {array.dtype} {array.shape}")
     return _base(array)
 

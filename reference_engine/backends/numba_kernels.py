@@ -26,11 +26,13 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from reference_engine.backends.activations import ACTIVATION_CODES
+from reference_engine.backends.numba_chunks import CHUNK_ROWS
 from reference_engine.backends.numba_vectors import FLOAT, I32, Builder, Value, compiled, compiled_parallel
-from reference_engine.backends.numba_weights import axpy4, begin_sum, dot4, end_sum, prepared_x
+from reference_engine.backends.numba_weights import add_chunk, begin_sum, dot4, end_sum, prepared_x
 from reference_engine.backends.protocol import FFN_BLOCK_NEURONS
 
 _BLOCK = FFN_BLOCK_NEURONS
+_LINE_COLUMNS = 128
 _types: Any = types  # numba annotates little of it
 _FLOATS, _INTEGERS = _types.CPointer(types.float32), _types.CPointer(types.int32)
 _ONE, _HALF, _ZERO = np.float32(1), np.float32(0.5), np.float32(0)
@@ -108,28 +110,32 @@ def activation(code: int, threshold: float, v: Any) -> Any:
 
 
 @compiled
-def _dots(tag: Any, base: int, stride: int, n: int, first: int, last: int, x: int, k: int, out: int, bias: int) -> None:
-    """out[j] = row j . x + bias[j] for rows `first` (a multiple of 4) to `last`."""
+def dots(tag: Any, base: int, stride: int, n: int, first: int, last: int, px: int, k: int, out: int, bias: int) -> None:
+    """out[j] = row j . x + bias[j] for rows `first` (a multiple of 4) to `last`; `px` is what `prepared_x` returned."""
     scratch, partial = np.empty(k // 8 + 16, np.float32), np.empty(4, np.float32)
-    prepared = np.empty(k + k // 32 + 128, np.float32)
-    px = prepared_x(tag, x, k, address_of(prepared))
     y = floats(out, n)
+    step = 4 * stride
     for j in range(first, last, 4):
         at = out + 4 * j if j + 4 <= n else address_of(partial)
-        r0 = base + stride * j
-        r1, r2, r3 = (
-            base + stride * min(j + 1, n - 1),
-            base + stride * min(j + 2, n - 1),
-            base + stride * min(j + 3, n - 1),
-        )
-        step = 4 * stride
+        r0, r1 = base + stride * j, base + stride * min(j + 1, n - 1)
+        r2, r3 = base + stride * min(j + 2, n - 1), base + stride * min(j + 3, n - 1)
         dot4(tag, at, px, k, address_of(scratch), r0, r1, r2, r3, r0 + step, r1 + step, r2 + step, r3 + step)
         for i in range(j, min(j + 4, n)):
             if j + 4 > n:
                 y[i] = partial[i - j]
             if bias != 0:
                 y[i] += floats(bias, n)[i]
-    scratch[0] = prepared[0] = _ZERO
+    scratch[0] = _ZERO
+
+
+@compiled
+def _prepared_dots(
+    tag: Any, base: int, stride: int, n: int, first: int, last: int, x: int, k: int, out: int, bias: int
+) -> None:
+    prepared = np.empty(k + k // 32 + 128, np.float32)
+    px = prepared_x(tag, x, k, address_of(prepared))
+    dots(tag, base, stride, n, first, last, px, k, out, bias)
+    prepared[0] = _ZERO
 
 
 @compiled_parallel
@@ -137,18 +143,8 @@ def matmul_one(tag: Any, base: int, stride: int, n: int, x: int, k: int, out: in
     """out[j] = row j . x + bias[j] for n rows of k weights; `bias` is 0 or an address."""
     groups = (n + 3) // 4
     for c in prange(n_threads):
-        _dots(
-            tag,
-            base,
-            stride,
-            n,
-            c * groups // n_threads * 4,
-            min((c + 1) * groups // n_threads * 4, n),
-            x,
-            k,
-            out,
-            bias,
-        )
+        first, last = c * groups // n_threads * 4, min((c + 1) * groups // n_threads * 4, n)
+        _prepared_dots(tag, base, stride, n, first, last, x, k, out, bias)
 
 
 @compiled
@@ -195,35 +191,48 @@ def _hidden(
 
 
 @compiled
-def _compact(rows: int, stride: int, slots: int, n: int, down: int, h: Any, addresses: Any, factors: Any) -> int:
-    """Addresses and factors of the down parts with h != 0, each block filled up to a multiple of 4; how many."""
-    m = 0
+def _compact(
+    rows: int, stride: int, slots: int, n: int, down: int, h: Any, addresses: Any, factors: Any, ends: Any
+) -> int:
+    """Chunks of the down parts with h != 0: where each ends in `addresses` and `factors`; how many chunks.
+
+    Chunks do not cross a block, and are filled up to a multiple of 4 rows.
+    """
+    m, n_chunks, chunk = 0, 0, 0
     for block in range(0, n, _BLOCK):
         for j in range(block, min(block + _BLOCK, n)):
             if h[j] != _ZERO:
                 addresses[m] = row_address(rows, stride, slots, j) + down
                 factors[m] = h[j]
                 m += 1
-        while m % 4 != 0:
-            addresses[m] = addresses[m - 1]
-            factors[m] = _ZERO
-            m += 1
-    return m
+                if m - chunk == CHUNK_ROWS:
+                    ends[n_chunks] = chunk = m
+                    n_chunks += 1
+        if m > chunk:
+            while m % 4 != 0:
+                addresses[m] = addresses[m - 1]
+                factors[m] = _ZERO
+                m += 1
+            ends[n_chunks] = chunk = m
+            n_chunks += 1
+    return n_chunks
 
 
 @compiled
 def _add_rows(
-    tag: Any, addresses: Any, factors: Any, m: int, j0: int, j1: int, k: int, out: int, permuted: Any
+    tag: Any, addresses: Any, factors: Any, ends: Any, n_chunks: int, j0: int, j1: int, k: int, out: int, permuted: Any
 ) -> None:
-    """Add m rows times their factors to columns j0 to j1 of `out`."""
-    scratch = np.empty(5 * (k // 32) + 16, np.float32)
+    """Add the rows of all chunks times their factors to columns j0 to j1 of `out`."""
+    scratch = np.empty(10 * (k // 32) + 64, np.float32)
     y = begin_sum(tag, out, j0, j1, address_of(permuted))
-    for i in range(0, m, 4):
-        a, ahead = addresses[i : i + 4], addresses[min(i + 4, m - 4) : min(i + 4, m - 4) + 4]
-        h = address_of(factors) + 4 * i
-        axpy4(
-            tag, y, h, j0, j1, k, address_of(scratch), a[0], a[1], a[2], a[3], ahead[0], ahead[1], ahead[2], ahead[3]
-        )  # fmt: skip
+    first = 0
+    for c in range(n_chunks):
+        end = ends[c]
+        n = end - first
+        ahead = min(end, ends[n_chunks - 1] - n)
+        rows, h = address_of(addresses), address_of(factors)
+        add_chunk(tag, y, rows + 8 * first, rows + 8 * ahead, h + 4 * first, n, j0, j1, k, address_of(scratch))
+        first = end
     end_sum(tag, y, j0, j1, out)
     scratch[0] = _ZERO
 
@@ -244,10 +253,11 @@ def ffn_one(
         )  # fmt: skip
     room = n + 4 * (n // _BLOCK + 1)
     addresses, factors = np.empty(room, np.int64), np.empty(room, np.float32)
-    m = _compact(rows, stride, slots, n, (1 + gated) * part, h, addresses, factors)
+    ends = np.empty(n // CHUNK_ROWS + n // _BLOCK + 2, np.int64)
+    n_chunks = _compact(rows, stride, slots, n, (1 + gated) * part, h, addresses, factors, ends)
     permuted = np.empty(k, np.float32)
-    blocks = (k + 63) // 64
-    if m > 0:
+    lines = (k + _LINE_COLUMNS - 1) // _LINE_COLUMNS
+    if n_chunks > 0:
         for c in prange(n_threads):
-            j0, j1 = c * blocks // n_threads * 64, min((c + 1) * blocks // n_threads * 64, k)
-            _add_rows(tag, addresses, factors, m, j0, j1, k, out, permuted)
+            j0, j1 = c * lines // n_threads * _LINE_COLUMNS, min((c + 1) * lines // n_threads * _LINE_COLUMNS, k)
+            _add_rows(tag, addresses, factors, ends, n_chunks, j0, j1, k, out, permuted)

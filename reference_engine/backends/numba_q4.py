@@ -1,15 +1,9 @@
 """Dot products, scaled sums and decoding of q4 rows, as vector code; see `numba_weights` for what calls it.
 
-A row is read at memory bandwidth only if few instructions are spent on a weight, so integers are not converted:
-
-Sums (`axpy4_q4`), and dot products on most processors, put a nibble q into the mantissa of 1.0 by a shift and a mask,
-giving f = 1 + q / 16. The sum over a group is then ``16 * scale * (sum(f x) - 1.5 * sum(x))``; the second sum belongs
-to x alone. One 16-bit lane holds two bytes, so that even and odd weights of a group land in separate vectors:
-activations and outputs are held even ones first (`permute`).
-
-Dot products where bytes can be multiplied (AVX-512 VNNI) take activations as integers of 24 bits, scaled for each
-group of 32 and cut into three signed bytes. Sums over a group are then exact, and the scaling loses no more than
-float32 does.
+For processors that cannot multiply bytes; `numba_limbs` is for those that can. Integers are not converted: a shift and
+a mask put a nibble q into the mantissa of 1.0, giving f = 1 + q / 16. The sum over a group is then
+``16 * scale * (sum(f x) - 1.5 * sum(x))``; the second sum belongs to x alone. One 16-bit lane holds two bytes, so that
+even and odd weights of a group land in separate vectors: activations and outputs are held even ones first (`permute`).
 
 Knows: one q4 row (SPEC.md section "Encodings"). Does not know: other encodings, matrices, threads.
 """
@@ -19,13 +13,13 @@ Knows: one q4 row (SPEC.md section "Encodings"). Does not know: other encodings,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from llvmlite import ir
 
+from reference_engine.backends.numba_limbs import each_scales, q4_values_offset
 from reference_engine.backends.numba_vectors import (
     FLOAT,
-    HAS_BYTE_DOTS,
     I8,
     I16,
     I32,
@@ -33,7 +27,6 @@ from reference_engine.backends.numba_vectors import (
     Builder,
     Value,
     broadcast,
-    byte_dots,
     from_half,
     horizontal_sum,
     integer,
@@ -43,11 +36,9 @@ from reference_engine.backends.numba_vectors import (
     multiply_add,
     prefetch,
     prefetch_ahead,
-    round_down,
     shuffle,
     splat,
     store,
-    unary,
     variable,
     vector,
 )
@@ -56,11 +47,6 @@ PREFETCH_BYTES: Final = 2048
 
 _FACTOR: Final = 16.0
 _CENTRE: Final = 1.5
-_PAIR: Final = 128
-_LIMB_BYTES: Final = 64
-_PAIR_BYTES: Final = 6 * _LIMB_BYTES
-_LARGEST: Final = 8.3e6  # three signed bytes hold up to 127 * (65536 + 256 + 1)
-_SMALLEST_PEAK: Final = 1e-30
 
 
 def permute(b: Builder, x: Value, j0: Value, j1: Value, out: Value) -> None:
@@ -81,28 +67,12 @@ def unpermute(b: Builder, y: Value, j0: Value, j1: Value, out: Value) -> None:
             store(b, shuffle(b, even, odd, order), b.add(out, b.add(at, integer(64 * half))))
 
 
-def prepare_q4(b: Builder, x: Value, k: Value, out: Value) -> None:
-    """Write k activations to `out`, of ``4 * (k + k / 32 + 128)`` bytes, in the form that `dot4_q4` takes."""
-    if HAS_BYTE_DOTS:
-        _prepare_limbs(b, x, k, out)
-    else:
-        _prepare_floats(b, x, k, out)
-
-
-def dot4_q4(
-    b: Builder, x: Value, k: Value, scratch: Value, rows: Sequence[Value], next_rows: Sequence[Value]
-) -> list[Value]:
-    """Dot products of four rows with prepared activations; `scratch` is float32 [k / 8]."""
-    dot4 = _dot4_limbs if HAS_BYTE_DOTS else _dot4_fractions
-    return dot4(b, x, k, scratch, rows, next_rows)
-
-
 def _deinterleaved(b: Builder, address: Value) -> tuple[Value, Value]:
     first, second = (load(b, b.add(address, integer(64 * i)), FLOAT, LANES) for i in (0, 1))
     return shuffle(b, first, second, range(0, 32, 2)), shuffle(b, first, second, range(1, 32, 2))
 
 
-def _prepare_floats(b: Builder, x: Value, k: Value, out: Value) -> None:
+def prepare_q4(b: Builder, x: Value, k: Value, out: Value) -> None:
     """Permuted activations, then 1.5 times the sum of each group."""
     permute(b, x, integer(0), k, out)
     sums = b.add(out, b.mul(k, integer(4)))
@@ -111,122 +81,6 @@ def _prepare_floats(b: Builder, x: Value, k: Value, out: Value) -> None:
         first, second = (load(b, b.add(at, integer(64 * i)), FLOAT, LANES) for i in (0, 1))
         total = horizontal_sum(b, b.fadd(first, second))
         store(b, b.fmul(total, ir.Constant(FLOAT, _CENTRE)), b.add(sums, b.mul(group, integer(4))))
-
-
-def _limb_tables(b: Builder, x: Value, k: Value) -> tuple[Value, Value]:
-    """Addresses of the groups' scales and of their 8 * sum(x), behind the limbs."""
-    pairs = b.sdiv(b.add(k, integer(_PAIR - 1)), integer(_PAIR))
-    scales = b.add(x, b.mul(pairs, integer(_PAIR_BYTES)))
-    return scales, b.add(scales, b.sdiv(k, integer(8)))
-
-
-def _prepare_limbs(b: Builder, x: Value, k: Value, out: Value) -> None:
-    """Activations as signed bytes, for each 128 [low or high nibble][limb, highest first][64], then the tables.
-
-    The 64 are the 32 of one block and the 32 of the next, as the nibbles of 64 bytes of a row lie. The scale of a group
-    that is not finite is NaN, so that the results are.
-    """
-    scales, sums = _limb_tables(b, out, k)
-    bytes16 = vector(I8, LANES)
-    with loop(b, integer(0), b.sdiv(k, integer(32)), 1) as (group, _):
-        at = b.add(x, b.mul(group, integer(128)))
-        halves = [load(b, b.add(at, integer(64 * i)), FLOAT, LANES) for i in (0, 1)]
-        peak = _largest(b, *(unary(b, "fabs", half) for half in halves))
-        inverse = b.fdiv(ir.Constant(FLOAT, _LARGEST), peak)
-        pair, place = b.sdiv(group, integer(4)), b.and_(group, integer(3))
-        nibble, block = b.and_(place, integer(1)), b.lshr(place, integer(1))
-        target = b.add(out, b.mul(pair, integer(_PAIR_BYTES)))
-        target = b.add(target, b.add(b.mul(nibble, integer(3 * _LIMB_BYTES)), b.mul(block, integer(32))))
-        total = splat(I32, 0, LANES)
-        for i, half in enumerate(halves):
-            scaled = unary(b, "rint", b.fmul(half, broadcast(b, inverse, LANES)))
-            whole = b.fptosi(scaled, vector(I32, LANES))
-            total = b.add(total, whole)
-            for limb in (2, 1, 0):
-                digit = b.ashr(b.shl(whole, splat(I32, 24, LANES)), splat(I32, 24, LANES))
-                store(b, b.trunc(whole, bytes16), b.add(target, integer(_LIMB_BYTES * limb + 16 * i)))
-                whole = b.ashr(b.sub(whole, digit), splat(I32, 8, LANES))
-        zero = b.fmul(horizontal_sum(b, b.fadd(*halves)), ir.Constant(FLOAT, 0.0))
-        scale = b.fadd(b.fdiv(peak, ir.Constant(FLOAT, _LARGEST)), zero)
-        store(b, scale, b.add(scales, b.mul(group, integer(4))))
-        eight_sums = b.fmul(horizontal_sum(b, b.sitofp(total, vector(FLOAT, LANES))), ir.Constant(FLOAT, 8.0))
-        store(b, eight_sums, b.add(sums, b.mul(group, integer(4))))
-
-
-def _largest(b: Builder, first: Value, second: Value) -> Value:
-    """Largest element of two vectors, at least a number that can be divided by."""
-    value = b.select(b.fcmp_ordered(">", first, second), first, second)
-    while (lanes := value.type.count) > 1:
-        low, high = (shuffle(b, value, value, range(s, s + lanes // 2)) for s in (0, lanes // 2))
-        value = b.select(b.fcmp_ordered(">", low, high), low, high)
-    scalar = b.extract_element(value, ir.Constant(I32, 0))
-    smallest = ir.Constant(FLOAT, _SMALLEST_PEAK)
-    return b.select(b.fcmp_ordered(">", scalar, smallest), scalar, smallest)
-
-
-def _dot4_limbs(
-    b: Builder, x: Value, k: Value, scratch: Value, rows: Sequence[Value], next_rows: Sequence[Value]
-) -> list[Value]:
-    n_groups = b.sdiv(k, integer(32))
-    offset = _values_offset(b, k)
-    begin, end = integer(0), b.add(offset, b.sdiv(k, integer(2)))
-    x_scales, x_sums = _limb_tables(b, x, k)
-    corrections = [{lanes: variable(b, splat(FLOAT, 0.0, lanes)) for lanes in (LANES, 2)} for _ in rows]
-    sums = [[variable(b, splat(FLOAT, 0.0, LANES)) for _ in (0, 1)] for _ in rows]
-
-    def scale_address(r: int, group: Value) -> Value:
-        return b.add(scratch, b.mul(b.add(b.mul(n_groups, integer(r)), group), integer(4)))
-
-    def ahead(at: Value, r: int) -> None:
-        prefetch_ahead(b, rows[r], next_rows[r], at, begin, end, distance=PREFETCH_BYTES)
-
-    def scales(group: Value, lanes: int) -> None:
-        at = b.mul(group, integer(4))
-        x_scale, x_sum = (load(b, b.add(table, at), FLOAT, lanes) for table in (x_scales, x_sums))
-        for r, row in enumerate(rows):
-            ahead(b.mul(group, integer(2)), r)
-            scaled = b.fmul(from_half(b, load(b, b.add(row, b.mul(group, integer(2))), I16, lanes)), x_scale)
-            store(b, scaled, scale_address(r, group))
-            b.store(multiply_add(b, scaled, x_sum, b.load(corrections[r][lanes])), corrections[r][lanes])
-
-    _each_scales(b, integer(0), n_groups, scales)
-    mask, four, eight = (splat(I32, value, LANES) for value in (0x0F0F0F0F, 4, 8))
-
-    def accumulate(group: Value, n_blocks: int) -> None:
-        """One or two blocks, from an even group on; a second block that is not there is zero."""
-        at = b.add(offset, b.mul(group, integer(16)))
-        x_at = b.add(x, b.mul(b.sdiv(group, integer(4)), integer(_PAIR_BYTES)))
-        limbs = [load(b, b.add(x_at, integer(_LIMB_BYTES * i)), I32, LANES) for i in range(6)]
-        for r, row in enumerate(rows):
-            ahead(at, r)
-            values = load(b, b.add(row, at), I32, 8 * n_blocks)
-            row_scales = load(b, scale_address(r, group), FLOAT, 2 * n_blocks)
-            if n_blocks == 1:
-                values = shuffle(b, values, splat(I32, 0, 8), range(LANES))
-                row_scales = shuffle(b, row_scales, splat(FLOAT, 0.0, 2), range(4))
-            for high, nibbles in enumerate((b.and_(values, mask), b.and_(b.lshr(values, four), mask))):
-                total = byte_dots(b, splat(I32, 0, LANES), nibbles, limbs[3 * high])
-                for limb in (1, 2):
-                    total = byte_dots(b, b.shl(total, eight), nibbles, limbs[3 * high + limb])
-                spread = shuffle(b, row_scales, row_scales, [high] * 8 + [2 + high] * 8)
-                product = b.sitofp(total, vector(FLOAT, LANES))
-                b.store(multiply_add(b, product, spread, b.load(sums[r][high])), sums[r][high])
-
-    whole = round_down(b, n_groups, 4)
-    with loop(b, integer(0), whole, 4) as (group, _):
-        accumulate(group, 2)
-    with loop(b, whole, n_groups, 2) as (group, _):
-        accumulate(group, 1)
-    dots = []
-    for r in range(len(rows)):
-        correction = b.fadd(*(horizontal_sum(b, b.load(corrections[r][lanes])) for lanes in (LANES, 2)))
-        dots.append(b.fsub(horizontal_sum(b, b.fadd(b.load(sums[r][0]), b.load(sums[r][1]))), correction))
-    return dots
-
-
-def _values_offset(b: Builder, k: Value) -> Value:
-    """Bytes before the nibbles of a row: two for each group of 32, to a multiple of 64."""
-    return round_down(b, b.add(b.sdiv(k, integer(16)), integer(63)), 64)
 
 
 def _scales(b: Builder, row: Value, group: Value, lanes: int) -> Value:
@@ -246,19 +100,11 @@ def _fractions(b: Builder, address: Value) -> list[list[Value]]:
     return [[fraction(19), fraction(11)], [fraction(15), fraction(7)]]
 
 
-def _each_scales(b: Builder, g0: Value, g1: Value, body: Any) -> None:
-    """Call ``body(group, lanes)`` for all groups g0 to g1, an even number, 16 or 2 at a time."""
-    whole = b.add(g0, round_down(b, b.sub(g1, g0), LANES))
-    for start, stop, lanes in ((g0, whole, LANES), (whole, g1, 2)):
-        with loop(b, start, stop, lanes) as (group, _):
-            body(group, lanes)
-
-
-def _dot4_fractions(
+def dot4_q4(
     b: Builder, x: Value, k: Value, scratch: Value, rows: Sequence[Value], next_rows: Sequence[Value]
 ) -> list[Value]:
     n_groups = b.sdiv(k, integer(32))
-    offset = _values_offset(b, k)
+    offset = q4_values_offset(b, k)
     begin, end = integer(0), b.add(offset, b.sdiv(k, integer(2)))
     x_sums = b.add(x, b.mul(k, integer(4)))
     corrections = [{lanes: variable(b, splat(FLOAT, 0.0, lanes)) for lanes in (LANES, 2)} for _ in rows]
@@ -279,7 +125,7 @@ def _dot4_fractions(
             total = corrections[r][lanes]
             b.store(multiply_add(b, scaled, sums_of_x, b.load(total)), total)
 
-    _each_scales(b, integer(0), n_groups, scales)
+    each_scales(b, integer(0), n_groups, scales)
     with loop(b, integer(0), n_groups, 2) as (group, _):
         at = b.add(offset, b.mul(group, integer(16)))
         x_at = b.add(x, b.mul(group, integer(128)))
@@ -305,7 +151,7 @@ def axpy4_q4(
     j0, j1, k = columns
     n_groups = b.sdiv(k, integer(32))
     g0, g1 = b.sdiv(j0, integer(32)), b.sdiv(j1, integer(32))
-    offset = _values_offset(b, k)
+    offset = q4_values_offset(b, k)
     begin, end = (b.add(offset, b.sdiv(j, integer(2))) for j in (j0, j1))
 
     def scale_address(r: int, group: Value) -> Value:
@@ -324,7 +170,7 @@ def axpy4_q4(
     def scale(r: int, group: Value) -> Value:
         return broadcast(b, load_scalar(b, scale_address(r, group), FLOAT), LANES)
 
-    _each_scales(b, g0, g1, scales)
+    each_scales(b, g0, g1, scales)
     with loop(b, g0, g1, 2) as (group, _):
         at = b.add(offset, b.mul(group, integer(16)))
         y_at = [[b.add(y, b.mul(b.add(b.mul(group, integer(32)), integer(32 * g + 16 * odd)), integer(4)))
@@ -344,7 +190,7 @@ def axpy4_q4(
 
 
 def decode_q4(b: Builder, row: Value, k: Value, j0: Value, j1: Value, out: Value) -> None:
-    values = b.add(row, _values_offset(b, k))
+    values = b.add(row, q4_values_offset(b, k))
     eight = splat(FLOAT, 8.0, LANES)
     with loop(b, j0, j1, 64) as (j, _):
         for half in (0, 1):

@@ -157,6 +157,21 @@ def horizontal_sum(b: Builder, value: Value) -> Value:
     return b.extract_element(value, ir.Constant(I32, 0))
 
 
+def largest(b: Builder, value: Value) -> Value:
+    """Largest element of a float vector, NaNs aside unless all are."""
+    while (lanes := value.type.count) > 1:
+        low, high = (shuffle(b, value, value, range(start, start + lanes // 2)) for start in (0, lanes // 2))
+        value = b.select(b.fcmp_ordered(">", low, high), low, high)
+    return b.extract_element(value, ir.Constant(I32, 0))
+
+
+def rounded(b: Builder, x: Value) -> Value:
+    """Floats within the range of int32 to the nearest, ties to even; NaN becomes 0."""
+    lanes = x.type.count
+    number = b.select(b.fcmp_ordered("ord", x, x), x, splat(FLOAT, 0.0, lanes))
+    return b.fptosi(unary(b, "rint", number), vector(I32, lanes))
+
+
 def variable(b: Builder, initial: Value) -> Value:
     """Stack slot that LLVM turns into a register."""
     return cgutils.alloca_once_value(b, initial)
@@ -191,6 +206,29 @@ def from_half(b: Builder, bits: Value) -> Value:
     special = b.or_(magnitude, splat(I32, 0x7F800000, lanes))
     is_special = b.icmp_unsigned(">=", magnitude, splat(I32, 0x0F800000, lanes))
     return b.bitcast(b.or_(b.select(is_special, special, finite), sign), vector(FLOAT, lanes))
+
+
+def to_half(b: Builder, x: Value) -> Value:
+    """float32 to the bits of float16, ties to even, as numpy does; without hardware by integers.
+
+    The exponents of normal numbers move by 112; subnormal ones are rounded by adding 0.5, whose last bit is theirs.
+    """
+    lanes = x.type.count
+    if HAS_HALF:
+        return b.bitcast(b.fptrunc(x, vector(HALF, lanes)), vector(I16, lanes))
+    bits = b.bitcast(x, vector(I32, lanes))
+    magnitude = b.and_(bits, splat(I32, 0x7FFFFFFF, lanes))
+    is_odd = b.and_(b.lshr(magnitude, splat(I32, 13, lanes)), splat(I32, 1, lanes))
+    normal = b.lshr(b.add(b.sub(magnitude, splat(I32, (112 << 23) - 0xFFF, lanes)), is_odd), splat(I32, 13, lanes))
+    added = b.fadd(b.bitcast(magnitude, x.type), splat(FLOAT, 0.5, lanes))
+    subnormal = b.sub(b.bitcast(added, bits.type), splat(I32, 126 << 23, lanes))
+    result = b.select(b.icmp_unsigned("<", magnitude, splat(I32, 113 << 23, lanes)), subnormal, normal)
+    is_large = b.icmp_unsigned(">=", magnitude, splat(I32, 143 << 23, lanes))
+    result = b.select(is_large, splat(I32, 0x7C00, lanes), result)
+    is_nan = b.icmp_unsigned(">", magnitude, splat(I32, 255 << 23, lanes))
+    result = b.select(is_nan, splat(I32, 0x7E00, lanes), result)
+    sign = b.and_(b.lshr(bits, splat(I32, 16, lanes)), splat(I32, 0x8000, lanes))
+    return b.trunc(b.or_(result, sign), vector(I16, lanes))
 
 
 def byte_dots(b: Builder, total: Value, unsigned_bytes: Value, signed_bytes: Value) -> Value:

@@ -18,12 +18,16 @@ import numpy as np
 from numba import types
 
 from flashfmt.encodings import Encoding
+from reference_engine.backends import numba_chunks as chunks
+from reference_engine.backends import numba_limbs as limbs
 from reference_engine.backends.numba_q4 import axpy4_q4, decode_q4, dot4_q4, permute, prepare_q4, unpermute
 from reference_engine.backends.numba_vectors import (
     FLOAT,
+    HAS_BYTE_DOTS,
     I8,
     I16,
     I32,
+    I64,
     LANES,
     Builder,
     Value,
@@ -72,26 +76,54 @@ def dot4(
     float32 [k / 8], used by q4.
     """
     rows, next_rows = (w0, w1, w2, w3), (n0, n1, n2, n3)
-    dots = dot4_q4(b, x, k, scratch, rows, next_rows) if tag == Q4 else _dot4_plain(b, tag, x, k, rows, next_rows)
+    if tag == Q4:
+        dot4_of_q4 = limbs.dot4_q4 if HAS_BYTE_DOTS else dot4_q4
+        dots = dot4_of_q4(b, x, k, scratch, rows, next_rows)
+    elif tag == Q8 and HAS_BYTE_DOTS:
+        dots = limbs.dot4_q8(b, x, k, rows, next_rows)
+    else:
+        dots = _dot4_plain(b, tag, x, k, rows, next_rows)
     for r, dot in enumerate(dots):
         store(b, dot, b.add(out, integer(4 * r)))
 
 
 @vector_code()
 def axpy4(
-    b: Builder, tag: Any, y: Value, h: Value, j0: Value, j1: Value, k: Value, scratch: Value,
+    b: Builder, tag: Any, y: Value, h: Value, j0: Value, j1: Value,
     w0: Value, w1: Value, w2: Value, w3: Value, n0: Value, n1: Value, n2: Value, n3: Value,
 ) -> None:  # fmt: skip
-    """Add four rows times h[0:4] to columns j0 to j1 of y, row after row; j0 is a multiple of 64.
-
-    `y` is what `begin_sum` returned; `scratch` is float32 [5 * k / 32], used by q4.
-    """
-    rows, next_rows = (w0, w1, w2, w3), (n0, n1, n2, n3)
+    """Add four rows of an encoding that is not quantised times h[0:4] to columns j0 to j1 of y, row after row."""
     factors = [load_scalar(b, b.add(h, integer(4 * r)), FLOAT) for r in range(N_ROWS)]
-    if tag == Q4:
-        axpy4_q4(b, y, factors, (j0, j1, k), scratch, rows, next_rows)
-    else:
-        _axpy4_plain(b, tag, y, factors, (j0, j1), rows, next_rows)
+    _axpy4_plain(b, tag, y, factors, (j0, j1), (w0, w1, w2, w3), (n0, n1, n2, n3))
+
+
+@vector_code()
+def add_chunk(
+    b: Builder, tag: Any, y: Value, rows: Value, next_rows: Value, factors: Value, n: Value,
+    j0: Value, j1: Value, k: Value, scratch: Value,
+) -> None:  # fmt: skip
+    """Add n <= `CHUNK_ROWS` rows, a multiple of 4, times their factors, to columns j0 to j1 of y.
+
+    `y` is what `begin_sum` returned, `rows` the address of the rows' addresses, int64 [n], `next_rows` that of as many
+    to be read next. j0 is a multiple of 64. `scratch` is float32 [10 * k / 32 + 64], used by quantised encodings.
+    """
+    if HAS_BYTE_DOTS and tag == Q8:
+        chunks.axpy_q8(b, y, (j0, j1), scratch, rows, next_rows, factors, n)
+        return
+    if HAS_BYTE_DOTS and tag == Q4:
+        chunks.axpy_q4(b, y, (j0, j1, k), scratch, rows, next_rows, factors, n)
+        return
+    with loop(b, integer(0), n, N_ROWS) as (r, _):
+        following = b.add(r, integer(N_ROWS))
+        is_last = b.icmp_signed(">=", following, n)
+        here, ahead = b.add(rows, b.mul(r, integer(8))), b.add(rows, b.mul(following, integer(8)))
+        lists = (here, b.select(is_last, next_rows, ahead))
+        quad, next_quad = ([load_scalar(b, b.add(at, integer(8 * i)), I64) for i in range(N_ROWS)] for at in lists)
+        h = [load_scalar(b, b.add(factors, b.mul(b.add(r, integer(i)), integer(4))), FLOAT) for i in range(N_ROWS)]
+        if tag == Q4:
+            axpy4_q4(b, y, h, (j0, j1, k), scratch, quad, next_quad)
+        else:
+            _axpy4_plain(b, tag, y, h, (j0, j1), quad, next_quad)
 
 
 @vector_code()
@@ -117,17 +149,20 @@ def decode_row(b: Builder, tag: Any, row: Value, k: Value, j0: Value, j1: Value,
 
 @vector_code(types.int64)
 def prepared_x(b: Builder, tag: Any, x: Value, k: Value, out: Value) -> Value:
-    """Address of activations as `dot4` wants them: x itself, or `out` float32 [k + k / 32 + 128], filled, for q4."""
-    if tag != Q4:
+    """Address of activations as `dot4` wants them: x itself, or `out` float32 [k + k / 32 + 128], filled."""
+    if HAS_BYTE_DOTS and tag == Q8:
+        limbs.prepare_q8(b, x, k, out)
+    elif tag == Q4:
+        (limbs.prepare_q4 if HAS_BYTE_DOTS else prepare_q4)(b, x, k, out)
+    else:
         return x
-    prepare_q4(b, x, k, out)
     return out
 
 
 @vector_code(types.int64)
 def begin_sum(b: Builder, tag: Any, out: Value, j0: Value, j1: Value, scratch: Value) -> Value:
-    """Address of columns as `axpy4` adds to them: `out` itself; `scratch`, with columns j0 to j1 of it, for q4."""
-    if tag != Q4:
+    """Address of columns as `add_chunk` adds to them: `out` itself, or `scratch` with columns j0 to j1 of it."""
+    if HAS_BYTE_DOTS or tag != Q4:
         return out
     permute(b, out, j0, j1, scratch)
     return scratch
@@ -136,7 +171,7 @@ def begin_sum(b: Builder, tag: Any, out: Value, j0: Value, j1: Value, scratch: V
 @vector_code()
 def end_sum(b: Builder, tag: Any, y: Value, j0: Value, j1: Value, out: Value) -> None:
     """Bring columns j0 to j1 back to `out` from where `begin_sum` put them."""
-    if tag == Q4:
+    if tag == Q4 and not HAS_BYTE_DOTS:
         unpermute(b, y, j0, j1, out)
 
 

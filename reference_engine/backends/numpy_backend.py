@@ -15,7 +15,16 @@ import numpy.typing as npt
 
 from flashfmt.encodings import Encoding, decode
 from reference_engine.backends.activations import activate
-from reference_engine.backends.protocol import FFN_BLOCK_NEURONS, F32Array, FfnShape, IdArray, Matrix, Pairing
+from reference_engine.backends.protocol import (
+    FFN_BLOCK_NEURONS,
+    AttentionStep,
+    AttentionWeights,
+    F32Array,
+    FfnShape,
+    IdArray,
+    Matrix,
+    Pairing,
+)
 
 TILE_BYTES: Final = 4 << 20
 
@@ -107,6 +116,10 @@ class NumpyBackend:
             np.exp(scores - scores.max(axis=1, keepdims=True), out=scores)
             out[:, head] = (scores @ v) / scores.sum(axis=1, keepdims=True)
         return out
+
+    def bind_attention(self, weights: AttentionWeights) -> AttentionStep | None:
+        """See `Backend.bind_attention`."""
+        return None
 
     def ffn(
         self,

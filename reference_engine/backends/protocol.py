@@ -108,6 +108,82 @@ class FfnShape:
         return len(self.parts) == 3
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadNorm:
+    """A norm of queries or keys: over each head, or over all heads together where `n_vectors` is 1.
+
+    Parameters
+    ----------
+    n_vectors : how many vectors of equal length are normalised.
+    centred : layer norm, else RMS norm.
+    weight, bias : float32 [length of a vector] or None.
+    """
+
+    n_vectors: int
+    centred: bool
+    eps: float
+    weight: F32Array | None
+    bias: F32Array | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionWeights:
+    """All that the attention of a layer is computed with, apart from activations, positions, keys and values.
+
+    Parameters
+    ----------
+    q, k, v : [n_heads * head_dim, d_model], and [n_kv_heads * head_dim, d_model] twice.
+    output : [d_model, n_heads * head_dim].
+    q_bias, k_bias, v_bias, output_bias : float32 [n_rows] or None.
+    q_norm, k_norm : or None.
+    scale, window, pairing : see `Backend.attend` and `Backend.rotate`.
+    """
+
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    output: Matrix
+    q_bias: F32Array | None
+    k_bias: F32Array | None
+    v_bias: F32Array | None
+    output_bias: F32Array | None
+    q_norm: HeadNorm | None
+    k_norm: HeadNorm | None
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    pairing: Pairing
+
+
+class AttentionStep(Protocol):
+    """The attention of one token, with weights that were bound to it."""
+
+    def __call__(
+        self,
+        x: F32Array,
+        cos: F32Array | None,
+        sin: F32Array | None,
+        keys: npt.NDArray[Any],
+        values: npt.NDArray[Any],
+        *,
+        n_past: int,
+    ) -> F32Array:
+        """Project, normalise and turn query and key, append key and value to the cache, attend, project.
+
+        Parameters
+        ----------
+        x : float32 [1, d_model].
+        cos, sin : float32 [1, n_dims / 2], or None where nothing turns.
+        keys, values : as for `Backend.attend`; position `n_past` is written.
+
+        Returns
+        -------
+        float32 [1, d_model], new: the same bits as by the functions of the backend one after the other.
+        """
+
+
 class Backend(Protocol):
     """The arithmetic of a decoder."""
 
@@ -189,6 +265,9 @@ class Backend(Protocol):
         -------
         float32 [n_tokens, n_heads, head_dim], new.
         """
+
+    def bind_attention(self, weights: AttentionWeights) -> AttentionStep | None:
+        """One call for all of a layer's attention of one token; None where the backend has no such thing for them."""
 
     def ffn(
         self,

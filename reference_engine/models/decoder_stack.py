@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from flashfmt import BundlesInfo
 from flashfmt.manifest import Decoder, Layer, Norm
-from reference_engine.backends import Backend, FfnShape, Matrix
+from reference_engine.backends import AttentionWeights, Backend, FfnShape, HeadNorm, Matrix
 from reference_engine.kv_cache import KvCache
 from reference_engine.models.weights import BundleSource, Table, TensorSource
 
@@ -81,6 +81,10 @@ class DecoderStack:
         self._bundles = bundles
         self._backend = backend
         self._layers = [self._layer_weights(info) for info in layers]
+        self._attention_steps = [
+            backend.bind_attention(self._attention_weights(layer, weights))
+            for layer, weights in zip(decoder.layers, self._layers, strict=True)
+        ]
         self._final_norm = self._norm_weights("final_norm", decoder.norm)
         self._embedding_norm = self._norm_weights("embedding/norm", decoder.norm)
         self._frequencies = {table.name: self._vector(f"rotary/{table.name}") for table in decoder.rotary}
@@ -152,6 +156,12 @@ class DecoderStack:
         a, w, b = self.decoder.attention, self._layers[index], self._backend
         n_tokens = len(x)
         self._bundles.tap(index, "attention_input", x)
+        step = self._attention_steps[index]
+        if n_tokens == 1 and step is not None:
+            cos, sin = (None, None) if rotation is None else (rotation.cos, rotation.sin)
+            out = step(x, cos, sin, *kv_cache.layer(index), n_past=kv_cache.n_tokens)
+            self._bundles.tap(index, "attention_output", out)
+            return out
         q = b.matmul(w.q, x, bias=w.q_bias)  # (n_tokens, n_heads * head_dim)
         k = b.matmul(w.k, x, bias=w.k_bias)
         v = b.matmul(w.v, x, bias=w.v_bias)
@@ -223,6 +233,36 @@ class DecoderStack:
             up_bias=r.vector(f"{ffn}/up_bias"),
             down_bias=r.vector(f"{ffn}/down_bias"),
         )
+
+    def _attention_weights(self, layer: Layer, w: _LayerWeights) -> AttentionWeights:
+        d = self.decoder
+        a = d.attention
+        pairings = {table.name: table.pairing for table in d.rotary}
+        return AttentionWeights(
+            q=w.q,
+            k=w.k,
+            v=w.v,
+            output=w.output,
+            q_bias=w.q_bias,
+            k_bias=w.k_bias,
+            v_bias=w.v_bias,
+            output_bias=w.output_bias,
+            q_norm=self._head_norm(w.q_norm, a.n_heads),
+            k_norm=self._head_norm(w.k_norm, a.n_kv_heads),
+            n_heads=a.n_heads,
+            n_kv_heads=a.n_kv_heads,
+            head_dim=a.head_dim,
+            scale=a.scale,
+            window=layer.attention_window_tokens,
+            pairing="half" if layer.rotary is None else pairings[layer.rotary],
+        )
+
+    def _head_norm(self, weights: _NormWeights, n_heads: int) -> HeadNorm | None:
+        a = self.decoder.attention
+        if a.qk_norm is None:
+            return None
+        n_vectors = 1 if a.qk_norm_over == "projection" else n_heads
+        return HeadNorm(n_vectors, a.qk_norm.kind == "layer_norm", a.qk_norm.eps, weights.weight, weights.bias)
 
     def _vector(self, name: str) -> F32:
         vector = self._residents.vector(name)

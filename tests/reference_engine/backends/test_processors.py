@@ -14,18 +14,20 @@ from reference_engine.backends.numba_runtime import are_kernels_cached, kernel_d
 ROOT = str(Path(next(iter(reference_engine.__path__))).parent)
 
 COMPARE = """
+import numba
 import numpy as np
 from flashfmt.encodings import Encoding, decode, encode, part_layout
 from flashfmt.manifest import Activation
 from reference_engine.backends import FfnShape, Matrix
 from reference_engine.backends.numba_backend import NumbaBackend
+from reference_engine.backends.numba_token import store_halves
 from reference_engine.backends.numba_vectors import HAS_BYTE_DOTS, HAS_HALF, HAS_WIDE_REGISTERS
 from reference_engine.backends.numpy_backend import NumpyBackend
 
 assert not (HAS_BYTE_DOTS or HAS_HALF or HAS_WIDE_REGISTERS)
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-for encoding, n_tokens in ((Encoding.F16, 1), (Encoding.Q4, 1), (Encoding.F16, 9)):
+for encoding, n_tokens in ((Encoding.F16, 1), (Encoding.Q8, 1), (Encoding.Q4, 1), (Encoding.F16, 9)):
     matrix = Matrix(encoding, 21, 448, encode(normal(21, 448), encoding))
     x = normal(n_tokens, 448)
     a, b = (backend.matmul(matrix, x) for backend in (NumbaBackend(1), NumpyBackend()))
@@ -35,14 +37,25 @@ half = half[np.isfinite(half)]
 matrix = Matrix(Encoding.F16, len(half), 1, half[:, None])
 out = NumbaBackend(1).matmul(matrix, np.ones((1, 1), np.float32))
 assert np.array_equal(out[0], half.astype(np.float32))
-part = part_layout(Encoding.Q4, 192)
-rows = encode(normal(70, 2, 192), Encoding.Q4).reshape(70, 2 * part.nbytes)
+@numba.njit
+def halved(values, n, out):
+    store_halves(np.float32(0), values, n, out)
+
+exact = half.astype(np.float32)
+values = np.concatenate([exact, exact * np.float32(1.0002), (exact + np.roll(exact, 1)) / 2, exact * 100])
+out = np.empty(len(values), np.float16)
+halved(values.ctypes.data, len(values), out.ctypes.data)
+with np.errstate(over="ignore"):
+    assert np.array_equal(out.view(np.uint16), values.astype(np.float16).view(np.uint16))
 act = Activation(kind="relu")
-shape = FfnShape(Encoding.Q4, ("up", "down"), 192, part, 2 * part.nbytes, act, act)
-x, a, b = normal(1, 192), np.zeros((1, 192), np.float32), np.zeros((1, 192), np.float32)
-NumbaBackend(1).ffn(shape, rows, None, x, a)
-NumpyBackend().ffn(shape, rows, None, x, b)
-assert np.abs(a - b).max() <= 5e-6 * np.abs(b).max()
+for encoding in (Encoding.Q8, Encoding.Q4):
+    part = part_layout(encoding, 192)
+    rows = encode(normal(70, 2, 192), encoding).reshape(70, 2 * part.nbytes).view(np.uint8)
+    shape = FfnShape(encoding, ("up", "down"), 192, part, 2 * part.nbytes, act, act)
+    x, a, b = normal(1, 192), np.zeros((1, 192), np.float32), np.zeros((1, 192), np.float32)
+    NumbaBackend(1).ffn(shape, rows, None, x, a)
+    NumpyBackend().ffn(shape, rows, None, x, b)
+    assert np.abs(a - b).max() <= 5e-6 * np.abs(b).max()
 """
 
 
