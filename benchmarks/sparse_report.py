@@ -313,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", type=float, default=0.008, help="loss to calibrate for [%(default)s]")
     parser.add_argument("--share", type=float, default=0.5, help="of the file's bytes to hold at most [%(default)s]")
     parser.add_argument("--loss", type=float, default=0.01, help="loss of perplexity allowed [%(default)s]")
-    parser.add_argument("--measure", type=int, default=1 << 16, help="tokens to score at most [%(default)s]")
+    parser.add_argument("--measure", type=int, default=8192, help="tokens to score at most [%(default)s]")
     parser.add_argument("--text-tokens", type=int, default=100_000, help="tokens of text to use [%(default)s]")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--verbose", action="store_true", help="say on stderr what the calibration does")
