@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -108,6 +109,7 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
 
 def main() -> int:
     """Compare and print; returns the exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     arguments = parse_arguments()
     if arguments.list:
         for case in SUITE.values():

@@ -110,9 +110,15 @@ def run(command: list[str], *, limit: int | None, files: list[str], timeout: flo
         process = subprocess.Popen(group.inside(command), stdout=output, stderr=errors, start_new_session=True)
         timer = threading.Timer(timeout, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        timed_out = not timer.is_alive()
-        timer.cancel()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # this program is to end: leave nothing running
+            os.killpg(process.pid, signal.SIGKILL)
+            os.wait4(process.pid, 0)
+            raise
+        finally:
+            timed_out = not timer.is_alive()
+            timer.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         errors.seek(0)
@@ -144,6 +150,7 @@ def _failure(code: int, complaint: str, timeout: float | None, n_killed: int) ->
 
 def main() -> int:
     """Run what the argument says."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     spec = json.loads(sys.argv[1])
     report(run(spec["command"], limit=spec["limit"], files=spec["files"], timeout=spec["timeout"]))
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -125,12 +126,26 @@ def _run(case: Case, contender: Contender, path: Path, settings: Settings) -> Ru
     command = [*settings.prefix, sys.executable, "-m", "comparison.limited_run", json.dumps(spec)]
     paths = [str(_BENCHMARKS), str(_BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode != 0:
-        return {"failure": f"exit code {done.returncode}: {done.stderr.strip()[-300:]}", "limit": limit}
-    run: Run = json.loads(done.stdout.splitlines()[-1])
+    code, output, complaint = _outcome(command, environment)
+    if code != 0:
+        return {"failure": f"exit code {code}: {complaint.strip()[-300:]}", "limit": limit}
+    run: Run = json.loads(output.splitlines()[-1])
     run |= {"limit": limit, "model_bytes": model_nbytes, "n_warm": n_warm}
     return run if "failure" in run else run | per_token(run, n_warm)
+
+
+def _outcome(command: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
+    """Exit code, standard output and error of a command; it and what it started end when this program has to."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        output, complaint = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    return process.returncode, output, complaint
 
 
 def _labels(case: Case, contender: Contender, session: str, number: int) -> Run:
