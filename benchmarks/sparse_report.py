@@ -212,9 +212,7 @@ def run_sparse(
         engine.load()
         if engine.sparse is None:
             raise RuntimeError("not in sparse mode")
-        began = time.perf_counter()
         scores = score_windows(ByTokens(engine, 1), text.token_ids, windows)
-        seconds = time.perf_counter() - began
         totals, d = engine.sparse.totals, model.decoder
         bundle_nbytes = sum(info.geometry.stride * info.geometry.n_neurons for info in model.layers)
         figures = {
@@ -226,7 +224,6 @@ def run_sparse(
             "flash_bytes_per_token": totals.total("bytes_read") / totals.n_tokens,
             "flash_requests_per_token": totals.total("n_requests") / totals.n_tokens,
             "ffn_bytes": bundle_nbytes,
-            "tokens_per_second": totals.n_tokens / seconds,
         }
         return scores, figures
 
@@ -296,7 +293,6 @@ def print_report(found: dict[str, Any]) -> None:
     line("found in the window", f"{found['window_hit_rate']:.1%}")
     line("read from flash for a token", format_size(found["flash_bytes_per_token"]))
     line("  as a share of the FFN", f"{found['flash_bytes_per_token'] / found['ffn_bytes']:.1%}")
-    line("tokens a second", f"{found['tokens_per_second']:.0f}")
     print("Memory is what is held of the model. Interpreter, kernels, KV cache and buffers are not in it.")
 
 
