@@ -1,19 +1,20 @@
-"""What this machine and the limits around this process leave us: free memory, resident size, its peak."""
+"""What this machine and the limits around this process leave us: cores, free memory, resident size, its peak."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import psutil
 
-_CGROUP_V2: Final = Path("/sys/fs/cgroup")
-_CGROUP_V1: Final = Path("/sys/fs/cgroup/memory")
+_CGROUPS: Final = Path("/sys/fs/cgroup")
 _PEAK: Final = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 _AUTO_SHARE: Final = 0.8  # of what is free: the rest is for the page cache and the other programs
@@ -65,33 +66,55 @@ def automatic_ceiling() -> int:
     return resident_nbytes() + int(available_nbytes() * _AUTO_SHARE)
 
 
+def usable_cores() -> int:
+    """Processor cores this process may keep busy: those it may run on, or fewer where a cgroup limits its time."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([n, *(math.ceil(share) for share in _cpu_quotas())]))
+
+
 def _cgroup_limits() -> list[tuple[int, int]]:
     """(limit, used) of each memory cgroup this process is in, up to the root."""
+    limits = []
+    for group, is_v2 in _cgroups("memory"):
+        names = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        pair = _read_numbers(*(group / name for name in names))
+        if pair is not None:
+            limits.append((pair[0], pair[1]))
+    return limits
+
+
+def _cpu_quotas() -> list[float]:
+    """Cores' worth of time that each cgroup this process is in allows, where it sets a limit."""
+    quotas = []
+    for group, is_v2 in _cgroups("cpu"):
+        files = [group / "cpu.max"] if is_v2 else [group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us"]
+        pair = _read_numbers(*files)
+        if pair is not None and pair[0] > 0 and pair[1] > 0:  # -1 is no limit
+            quotas.append(pair[0] / pair[1])
+    return quotas
+
+
+def _cgroups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """Directories of the cgroups this process is in, up to the root; whether they are of version 2."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return []
-    limits = []
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, names = _CGROUP_V2, ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            root, names = _CGROUP_V1, ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
+        root = _CGROUPS / controller if controllers else _CGROUPS
         group = root / path.lstrip("/")
         for place in (group, *group.parents):
             if not place.is_relative_to(root):
                 break
-            pair = _read_limit(place / names[0], place / names[1])
-            if pair is not None:
-                limits.append(pair)
-    return limits
+            yield place, not controllers
 
 
-def _read_limit(limit: Path, used: Path) -> tuple[int, int] | None:
+def _read_numbers(*files: Path) -> list[int] | None:
+    """All numbers in some files; None where one is missing, or holds a word such as "max"."""
     try:
-        return int(limit.read_text()), int(used.read_text())
-    except (OSError, ValueError):  # no such controller here, or "max"
+        return [int(word) for file in files for word in file.read_text().split()]
+    except (OSError, ValueError):
         return None

@@ -6,7 +6,6 @@ Knows: the order of these steps. Does not know: options of a command, how anythi
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from reference_engine.bench.single import Effort, measure_engine, prompt_ids, wi
 from reference_engine.bench.synthetic_files import Report as Progress
 from reference_engine.bench.synthetic_files import SyntheticFiles
 from reference_engine.engine import EngineOptions
+from reference_engine.machine import usable_cores
 from reference_engine.neuron_window import WindowChoice
 from reference_engine.selectors import SelectorChoice
 from reference_engine.sizes import format_size
@@ -105,7 +105,7 @@ def perform(request: Request, source: Path | SyntheticFiles, encoding: Encoding,
     selector = SelectorChoice("file" if manifest.predictors or activity is None else "all")
     machine = None
     if request.floor_seconds is not None:
-        machine = Machine(options.n_threads or os.cpu_count() or 1, request.floor_seconds)
+        machine = Machine(options.n_threads or usable_cores(), request.floor_seconds)
     report = Report(
         machine=describe_machine(path),
         settings=_settings(request, options),

@@ -2,8 +2,26 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from reference_engine import machine
+
+
+@pytest.fixture
+def cgroups(tmp_path, monkeypatch):
+    """Makes this process seem to be in a cgroup: gets the listing of /proc and the files' contents by path."""
+
+    def place(listing, files):
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content)
+        path = tmp_path / "listing"
+        path.write_text(listing)
+        real = machine.Path
+        monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+        monkeypatch.setattr(machine, "Path", lambda p: path if p == "/proc/self/cgroup" else real(p))
+
+    return place
 
 
 def test_resident_size_grows_with_what_is_touched():
@@ -31,19 +49,32 @@ def test_available_memory_is_the_least_of_system_and_cgroups(monkeypatch):
     assert machine.available_nbytes() == 0
 
 
-def test_cgroup_files_are_read_up_to_the_root(tmp_path, monkeypatch):
-    group = tmp_path / "a" / "b"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("5\n")
-    (tmp_path / "a" / "memory.max").write_text("1000\n")
-    (tmp_path / "a" / "memory.current").write_text("10\n")
-    listing = tmp_path / "cgroup"
-    listing.write_text("0::/a/b\n")
-    real = machine.Path
-    monkeypatch.setattr(machine, "_CGROUP_V2", tmp_path)
-    monkeypatch.setattr(machine, "Path", lambda p: listing if p == "/proc/self/cgroup" else real(p))
+def test_cgroup_files_are_read_up_to_the_root(cgroups):
+    files = {
+        "a/b/memory.max": "max\n",
+        "a/b/memory.current": "5\n",
+        "a/memory.max": "1000\n",
+        "a/memory.current": "10\n",
+    }
+    cgroups("0::/a/b\n", files)
     assert machine._cgroup_limits() == [(1000, 10)]
+
+
+@pytest.mark.parametrize(
+    ("listing", "files", "cores"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n"}, 64),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "250000 100000\n"}, 3),
+        ("0::/\n", {"cpu.max": "10000 100000\n"}, 1),
+        ("4:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 64),
+        ("4:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "400000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 4),
+        ("4:memory:/a\n", {"memory/a/cpu.cfs_quota_us": "100000\n", "memory/a/cpu.cfs_period_us": "100000\n"}, 64),
+    ],
+)
+def test_a_limit_on_processor_time_limits_the_cores(cgroups, monkeypatch, listing, files, cores):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    cgroups(listing, files)
+    assert machine.usable_cores() == cores
 
 
 def test_automatic_ceiling_leaves_room_for_others(monkeypatch):
