@@ -132,7 +132,7 @@ class DevicePlacement:
             scratch += self._landing_nbytes() + 8 * n_tokens * model.decoder.ffn.d_ff
             selectors = sparse_selectors_nbytes(model, options.sparse)
             fixed = FixedParts(CONTEXT_NBYTES, residents, kv_cache, scratch, selectors)
-            return plan_sparse_mode(model, fixed, ceiling, options.context_tokens)
+            return plan_sparse_mode(model, options.sparse, fixed, ceiling, options.context_tokens)
         blocks = model_blocks(model)
         d_ff = model.decoder.ffn.d_ff  # pinned neighbours are computed together
         scratch = _scratch_nbytes(model.decoder, n_tokens, options.context_tokens, d_ff)

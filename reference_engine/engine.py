@@ -346,7 +346,7 @@ class Engine:
             scratch = self._scratch_nbytes(BLOCK_NEURONS) + self._scores_nbytes()
             selectors = sparse_selectors_nbytes(self.model, sparse)
             fixed = FixedParts(process, residents, kv_cache, scratch, selectors)
-            return plan_sparse_mode(self.model, fixed, ceiling, self.context_tokens)
+            return plan_sparse_mode(self.model, sparse, fixed, ceiling, self.context_tokens)
         blocks = model_blocks(self.model)
         scratch = self._scratch_nbytes(max(block.n_neurons for block in blocks))
         return plan_memory(FixedParts(process, residents, kv_cache, scratch), blocks, ceiling, self.context_tokens)

@@ -10,6 +10,7 @@ Knows: curves and sizes. Does not know: bundles, windows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,24 @@ def expected_misses(aggregated_window: npt.ArrayLike, n_neurons: int) -> tuple[F
     slots = np.concatenate(([0.0], held[:-1], [float(n_neurons)]))
     misses = np.concatenate((held[:1], np.diff(held), [0.0]))
     return _lower_hull(slots, misses)
+
+
+def predicted_window(aggregated_window: npt.ArrayLike, predicted_share: float) -> F64:
+    """s_agg of the neurons that a predictor names, from s_agg of those that are active.
+
+    A predictor names more than are active. It is taken to do so as if each token counted for several, as many as make
+    s_agg(1) the share that it names.
+
+    Parameters
+    ----------
+    aggregated_window : s_agg(k) for k = 1, 2, ...
+    predicted_share : of the neurons, that the predictor names for a token.
+    """
+    s = np.asarray(aggregated_window, np.float64)
+    if not 0 < s[0] < predicted_share < 1:
+        return s
+    n_tokens = np.log1p(-predicted_share) / np.log1p(-s[0])
+    return cast(F64, 1 - (1 - s) ** n_tokens)
 
 
 def share_slots(

@@ -26,7 +26,7 @@ from reference_engine.selectors import (
     selectors_load_nbytes,
     selectors_nbytes,
 )
-from reference_engine.slot_sharing import F64, expected_misses
+from reference_engine.slot_sharing import F64, expected_misses, predicted_window
 from reference_engine.sparse_bundles import OpenReader, SparseBundles
 from reference_engine.sparse_plan import BundleSizes, SparsePlan, plan_sparse
 
@@ -90,7 +90,9 @@ def sparse_load_nbytes(model: FlashModel, options: SparseOptions, capacities: Se
     return nbytes
 
 
-def plan_sparse_mode(model: FlashModel, fixed: FixedParts, ceiling: int, context_tokens: int) -> SparsePlan:
+def plan_sparse_mode(
+    model: FlashModel, options: SparseOptions, fixed: FixedParts, ceiling: int, context_tokens: int
+) -> SparsePlan:
     """Split `ceiling` bytes.
 
     Raises
@@ -104,7 +106,7 @@ def plan_sparse_mode(model: FlashModel, fixed: FixedParts, ceiling: int, context
         stride=max(info.geometry.stride for info in model.layers),
         n_files=len({info.extent.path for info in model.layers}),
     )
-    return plan_sparse(fixed, sizes, ceiling, context_tokens, _curves(model))
+    return plan_sparse(fixed, sizes, ceiling, context_tokens, _curves(model, options))
 
 
 def load_sparse(
@@ -163,14 +165,18 @@ def _likely_tokens(
             yield layer, likely_tokens(statistics["firing_frequency"], capacities[layer])
 
 
-def _curves(model: FlashModel) -> list[tuple[F64, F64]] | None:
+def _curves(model: FlashModel, options: SparseOptions) -> list[tuple[F64, F64]] | None:
     """Expected misses of each layer over its slots, where the file has statistics."""
     curves = []
     for layer in range(model.decoder.n_layers):
         statistics = model.statistics(layer)
         if statistics is None:
             return None
-        curves.append(expected_misses(statistics["aggregated_window"], model.decoder.ffn.d_ff))
+        aggregated = statistics["aggregated_window"]
+        stored = model.predictor(layer) if options.selector.kind == "file" else None
+        if stored is not None and stored[0].measured is not None:
+            aggregated = predicted_window(aggregated, stored[0].measured.predicted_fraction)
+        curves.append(expected_misses(aggregated, model.decoder.ffn.d_ff))
     return curves
 
 

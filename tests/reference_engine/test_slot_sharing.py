@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from flashfmt.errors import BudgetError
 from reference_engine.plan import FixedParts
-from reference_engine.slot_sharing import expected_misses, share_slots
+from reference_engine.slot_sharing import expected_misses, predicted_window, share_slots
 from reference_engine.sparse_plan import BundleSizes, plan_sparse
 
 N = 200
@@ -38,6 +38,22 @@ def test_curves_fall_from_the_active_neurons_to_nothing_and_are_convex(windows):
 def test_a_window_of_k_tokens_misses_what_the_next_one_adds():
     slots, missing = expected_misses([0.1, 0.15, 0.18, 0.2], N)
     np.testing.assert_allclose(np.interp([20, 30, 36], slots, missing), [10, 6, 4])
+
+
+def test_what_a_predictor_names_grows_as_if_a_token_were_several():
+    active = 1 - 0.9 ** np.arange(1, 9)  # independent tokens that use a tenth of the neurons
+    np.testing.assert_allclose(predicted_window(active, 1 - 0.9**2), 1 - 0.81 ** np.arange(1, 9))
+    core = 0.05 + 0.95 * (1 - 0.95 ** np.arange(1, 9))
+    named = predicted_window(core, 0.3)
+    assert named[0] == pytest.approx(0.3)
+    assert (np.diff(named) > 0).all()
+    assert (named > core).all()
+    assert named[-1] < 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 1.0])
+def test_a_predictor_that_names_fewer_than_are_active_or_all_changes_nothing(share):
+    np.testing.assert_array_equal(predicted_window([0.1, 0.15], share), [0.1, 0.15])
 
 
 @given(windows=curves_of_layers, data=st.data())

@@ -13,6 +13,8 @@ from reference_engine.plan import FixedParts
 from reference_engine.selectors import load_selectors, parse_selector
 from reference_engine.sparse_mode import SparseOptions, plan_sparse_mode
 
+OPTIONS = SparseOptions(parse_selector("file"))
+
 PROMPT = [5, 17, 3, 96, 0, 42, 8]
 WINDOW_TOKENS = 4
 
@@ -67,9 +69,7 @@ def logits(path, options):
 
 def test_perfect_predictors_lose_nothing_and_save_reads(with_predictors):
     dense, _ = logits(with_predictors, EngineOptions(memory=8 << 30))
-    sparse, engine = logits(
-        with_predictors, EngineOptions(memory=8 << 30, sparse=SparseOptions(parse_selector("file")))
-    )
+    sparse, engine = logits(with_predictors, EngineOptions(memory=8 << 30, sparse=OPTIONS))
     assert np.abs(sparse - dense).max() <= 1e-4 * np.abs(dense).max()
     assert engine.plan.fixed.selectors > 4 * 64 * (64 + 2 * 448)
 
@@ -87,8 +87,8 @@ def test_layers_without_a_predictor_use_every_neuron(with_predictors):
 def test_statistics_share_out_the_slots(with_predictors):
     fixed = FixedParts(process=0, residents=0, kv_cache=0, scratch=0)
     with flashfmt.open(with_predictors) as model:
-        everything = plan_sparse_mode(model, fixed, 1 << 30, 64)
-        plan = plan_sparse_mode(model, fixed, everything.floor + everything.slots // 3, 64)
+        everything = plan_sparse_mode(model, OPTIONS, fixed, 1 << 30, 64)
+        plan = plan_sparse_mode(model, OPTIONS, fixed, everything.floor + everything.slots // 3, 64)
     assert everything.expected_read == 0
     assert plan.expected_read > 0
     assert plan.capacities[0] <= plan.capacities[1] < plan.capacities[2]
