@@ -115,7 +115,9 @@ class _Chunk:
     def each_quad(self, at: Value, n_bytes: int, body: Any) -> None:
         """Call ``body(r, side by side bytes)`` for each four rows, with `n_bytes` of theirs from offset `at`."""
         b = self._b
-        ahead = b.add(at, integer(PREFETCH_BYTES))
+        length = b.sub(self._end, self._begin)
+        reach = b.select(b.icmp_signed("<", length, integer(PREFETCH_BYTES)), length, integer(PREFETCH_BYTES))
+        ahead = b.add(at, reach)
         is_past = b.icmp_signed(">=", ahead, self._end)
         far_rows = b.select(is_past, self._next_rows, self._rows)
         far = b.select(is_past, b.add(b.sub(ahead, self._end), self._begin), ahead)

@@ -252,9 +252,14 @@ def prefetch(b: Builder, address: Value) -> None:
 def prefetch_ahead(
     b: Builder, row: Value, next_row: Value, offset: Value, begin: Value, end: Value, *, distance: int, n_lines: int = 1
 ) -> None:
-    """Prefetch `distance` bytes ahead of `offset` in a row read from `begin` to `end`, then on in the next row."""
-    ahead = b.add(offset, integer(distance))
-    wrapped = b.add(next_row, b.sub(begin, end))
+    """Prefetch `distance` bytes ahead of `offset` in a row read from `begin` to `end`, then on in the next row.
+
+    Rows shorter than that are prefetched from the same place in the next row.
+    """
+    length = b.sub(end, begin)
+    reach = b.select(b.icmp_signed("<", length, integer(distance)), length, integer(distance))
+    ahead = b.add(offset, reach)
+    wrapped = b.sub(next_row, length)
     base = b.select(b.icmp_signed(">=", ahead, end), wrapped, row)
     for line in range(n_lines):
         prefetch(b, b.add(base, b.add(ahead, integer(64 * line))))
