@@ -23,7 +23,7 @@ from reference_engine.backends.activations import ACTIVATION_CODES
 from reference_engine.backends.numba_attention import attend, norm, rotate
 from reference_engine.backends.numba_gemm import ffn_many, matmul_many
 from reference_engine.backends.numba_kernels import ffn_one, matmul_one
-from reference_engine.backends.numba_runtime import choose_threading_layer, config, usable_cores
+from reference_engine.backends.numba_runtime import choose_threading_layer, config
 from reference_engine.backends.numba_token import PLAN, attention_one
 from reference_engine.backends.numba_weights import TAGS
 from reference_engine.backends.protocol import (
@@ -35,6 +35,7 @@ from reference_engine.backends.protocol import (
     Matrix,
     Pairing,
 )
+from reference_engine.machine import usable_cores
 
 typeof: Any = numba.typeof
 

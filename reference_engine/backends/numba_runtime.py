@@ -34,13 +34,6 @@ _COMPLETE = "complete"
 _SPIN_COUNT = "5000"
 
 
-def usable_cores() -> int:
-    """Processor cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @cache
 def kernel_directory() -> Path:
     """Directory for this process's kernels, created: ``flashfmt/kernels-*`` below a base directory.

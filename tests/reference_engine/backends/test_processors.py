@@ -9,7 +9,8 @@ import pytest
 
 import reference_engine
 from reference_engine.backends import load_backend
-from reference_engine.backends.numba_runtime import are_kernels_cached, kernel_directory, usable_cores
+from reference_engine.backends.numba_runtime import are_kernels_cached, kernel_directory
+from reference_engine.machine import usable_cores
 
 ROOT = str(Path(next(iter(reference_engine.__path__))).parent)
 
