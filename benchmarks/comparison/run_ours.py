@@ -6,6 +6,7 @@ exact, sparse          the engine as it is; sparse computes the file's predictor
 exact-mmap             every neuron, computed where the file is mapped: the page cache decides what stays
 sparse-mmap            sparse, bundles copied out of a map of the file in the place of direct reads
 naive                  every weight read for every token by direct reads, in order, nothing kept or overlapped
+compile                nothing: kernels are compiled for this model, and kept for the runs to come
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import flashfmt
 from comparison.token_clock import report, time_tokens
 from flashfmt import FlashModel
-from reference_engine.backends import load_backend
+from reference_engine.backends import Backend, load_backend
 from reference_engine.bench.activity import PUBLISHED, SyntheticActivity, fit
 from reference_engine.bench.naive import NaiveModel
 from reference_engine.bench.replay import replaying
@@ -68,12 +69,19 @@ class MappedBundles:
             yield BundleBlock(neurons, rows[neurons])
 
 
+def compiled_for(model: FlashModel) -> Backend:
+    """A backend with its kernels for the encodings of a model."""
+    backend = load_backend("auto", None)
+    stored = {info.encoding for info in model.tensors.values()} | {info.encoding for info in model.layers}
+    backend.prepare(encoding for encoding in stored if encoding.is_weight)
+    return backend
+
+
 @contextmanager
 def mapped(path: Path, context: int) -> Iterator[tuple[Feed, int, Callable[[], dict[str, Any]]]]:
     """Decoding with residents in DRAM and bundles in a map."""
     with flashfmt.open(path) as model:
-        backend = load_backend("auto", None)
-        backend.prepare({info.encoding for info in model.layers} | {t.encoding for t in _matrices(model)})
+        backend = compiled_for(model)
         residents = Residents(model, load_residents(model, verify=False))
         table = flash_table(model, backend) or ResidentTable(residents.matrix(EMBEDDING), backend)
         stack = DecoderStack(
@@ -138,6 +146,11 @@ def main() -> int:
     """Decode and report."""
     spec = json.loads(sys.argv[1])
     path, mode, n_tokens = Path(spec["path"]), spec["mode"], spec["tokens"]
+    if mode == "compile":
+        with flashfmt.open(path) as model:
+            compiled_for(model)
+        report({})
+        return 0
     context = max(LEAST_CONTEXT, n_tokens)
     sparse = sparse_options(path, n_tokens, by_mmap=mode == "sparse-mmap") if mode.startswith("sparse") else None
     options = EngineOptions(
@@ -158,10 +171,6 @@ def main() -> int:
         figures = time_tokens(feed, n_tokens, vocab_size)
         report(figures | details())
     return 0
-
-
-def _matrices(model: FlashModel) -> list[Any]:
-    return [info for info in model.tensors.values() if info.encoding.is_weight]
 
 
 if __name__ == "__main__":

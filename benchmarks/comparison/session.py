@@ -103,6 +103,8 @@ def compare(
             say(f"{case.name}: making {form}")
             store.make_room(shape_of(case), form, keep=wanted, room=settings.room)
             store.require(shape_of(case), form)
+        for form in wanted:
+            _compile(store.path(shape_of(case), form))
         for number in range(0 if settings.prepare_only else settings.n_rounds):
             for name in group:
                 run = _run(case, CONTENDERS[name], store.path(shape_of(case), forms[name]), settings)
@@ -124,9 +126,7 @@ def _run(case: Case, contender: Contender, path: Path, settings: Settings) -> Ru
         "timeout": settings.timeout,
     }
     command = [*settings.prefix, sys.executable, "-m", "comparison.limited_run", json.dumps(spec)]
-    paths = [str(_BENCHMARKS), str(_BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    code, output, complaint = _outcome(command, environment)
+    code, output, complaint = _outcome(command)
     if code != 0:
         return {"failure": f"exit code {code}: {complaint.strip()[-300:]}", "limit": limit}
     run: Run = json.loads(output.splitlines()[-1])
@@ -134,8 +134,19 @@ def _run(case: Case, contender: Contender, path: Path, settings: Settings) -> Ru
     return run if "failure" in run else run | per_token(run, n_warm)
 
 
-def _outcome(command: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
+def _compile(path: Path) -> None:
+    """Have our kernels compiled for a model ahead of its runs, as they are only once in an installation."""
+    if path.suffix == ".flash":
+        spec = {"path": str(path), "mode": "compile", "tokens": 0}
+        code, _, complaint = _outcome([sys.executable, "-m", "comparison.run_ours", json.dumps(spec)])
+        if code != 0:
+            raise RuntimeError(f"the kernels do not compile: {complaint.strip()[-300:]}")
+
+
+def _outcome(command: list[str]) -> tuple[int, str, str]:
     """Exit code, standard output and error of a command; it and what it started end when this program has to."""
+    paths = [str(_BENCHMARKS), str(_BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
