@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from reference_engine.flash_io import (
     StreamRange,
     aligned_empty,
 )
+from reference_engine.loading import run_side_by_side
 from reference_engine.models.weights import F32, BundleBlock, TapPoint
 from reference_engine.plan import RING_SLOTS
 
@@ -72,16 +74,14 @@ class ExactBundles:
         """
         wanted = [block for block in self._blocks if self._is_pinned[block]]
         arena = aligned_empty(sum(round_up(block.nbytes, IO_ALIGNMENT) for block in wanted))
+        jobs = []
         start = 0
         for block in wanted:
             buffer = arena[start : start + round_up(block.nbytes, IO_ALIGNMENT)]
             start += buffer.nbytes
-            self._file(block).read_into(buffer, block.offset, block.nbytes)
-            if self._verify != "never":
-                self._check(block, buffer)
             self._pinned[block] = self._rows(block, buffer[: block.nbytes])
-            if progress is not None:
-                progress(block.nbytes)
+            jobs.append(partial(self._load_block, block, buffer))
+        run_side_by_side(jobs, progress)
         if self._streamed:
             ranges = [StreamRange(self._file(block), block.offset, block.nbytes) for block in self._streamed]
             self._stream = CyclicStream(ranges, n_slots=RING_SLOTS, check=self._check_arrival)
@@ -125,6 +125,12 @@ class ExactBundles:
             self._stream.close()
         for file in self._files.values():
             file.close()
+
+    def _load_block(self, block: Block, buffer: Bytes) -> int:
+        self._file(block).read_into(buffer, block.offset, block.nbytes)
+        if self._verify != "never":
+            self._check(block, buffer)
+        return block.nbytes
 
     def _timed(self, block: BundleBlock) -> Iterator[BundleBlock]:
         began = time.perf_counter()

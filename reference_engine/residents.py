@@ -6,6 +6,7 @@ A token embedding that the logits do not share is not among them: a token needs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import google_crc32c
@@ -19,6 +20,7 @@ from flashfmt.layout import round_up
 from flashfmt.manifest import required_arrays
 from reference_engine.backends import Backend, Matrix
 from reference_engine.flash_io import IO_ALIGNMENT, DirectFile, IoCounters, aligned_empty
+from reference_engine.loading import run_side_by_side
 
 F32 = npt.NDArray[np.float32]
 EMBEDDING = "embedding/tokens"
@@ -120,24 +122,29 @@ def load_tensors(
     FlashReadError, ChecksumError
     """
     arena = aligned_empty(tensors_nbytes(model, names))
+    infos = [model.tensors[name] for name in names]
+    ends = np.cumsum([_room(info) for info in infos], dtype=np.int64)
+    places = [arena[end - _room(info) : end] for info, end in zip(infos, ends.tolist(), strict=True)]
     files: dict[Path, DirectFile] = {}
     loaded: dict[str, npt.NDArray[np.uint8]] = {}
-    start = 0
+    jobs: list[Callable[[], int]] = []
     try:
-        for info in (model.tensors[name] for name in names):
-            place = arena[start : start + _room(info)]
-            start += place.nbytes
+        for info, place in zip(infos, places, strict=True):
             if info.codec == "raw":
                 path = info.extent.path
                 if path not in files:
                     files[path] = DirectFile(path)
-                loaded[info.name] = _read_raw(info, files[path], place, verify=verify)
-            else:
+                head = info.extent.offset % IO_ALIGNMENT
+                loaded[info.name] = place[head : head + info.extent.nbytes]
+                jobs.append(partial(_read_raw, info, files[path], place, verify=verify))
+        run_side_by_side(jobs, progress)
+        for info, place in zip(infos, places, strict=True):  # one at a time: each takes its size once more
+            if info.codec != "raw":
                 stored = model.tensor(info.name, verify=verify).data
                 loaded[info.name] = place[: stored.nbytes]
                 loaded[info.name][:] = stored.reshape(-1).view(np.uint8)
-            if progress is not None:
-                progress(info.extent.nbytes)
+                if progress is not None:
+                    progress(info.extent.nbytes)
     finally:
         for file in files.values():
             file.close()
@@ -172,9 +179,8 @@ def _room(info: TensorInfo) -> int:
     return round_up(head + _stored_nbytes(info), IO_ALIGNMENT)
 
 
-def _read_raw(
-    info: TensorInfo, file: DirectFile, place: npt.NDArray[np.uint8], *, verify: bool
-) -> npt.NDArray[np.uint8]:
+def _read_raw(info: TensorInfo, file: DirectFile, place: npt.NDArray[np.uint8], *, verify: bool) -> int:
+    """Read a tensor into its place; returns its bytes."""
     head = info.extent.offset % IO_ALIGNMENT
     file.read_into(place, info.extent.offset - head, head + info.extent.nbytes)
     data = place[head : head + info.extent.nbytes]
@@ -187,4 +193,4 @@ def _read_raw(
             expected=f"{info.crc32c:08x}",
             actual=f"{actual:08x}",
         )
-    return data
+    return info.extent.nbytes
