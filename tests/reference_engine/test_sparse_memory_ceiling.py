@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from flashfmt.encodings import Encoding
 from reference_engine.synthetic import SHAPES, write_synthetic
 
 CHILD = """
@@ -71,3 +72,16 @@ def test_a_cgroup_of_the_ceiling_is_never_exceeded(opt_125m, memory_cgroup):
         assert child(opt_125m, memory, "run", "lowbit:q4", prefix=prefix)["missing"] > 0
         if (group / "memory.failcnt").exists():
             assert int((group / "memory.max_usage_in_bytes").read_text()) <= memory
+
+
+@pytest.mark.slow
+def test_half_of_a_model_of_gigabytes_runs_in_a_cgroup_of_that_size(tmp_path, memory_cgroup):
+    path = tmp_path / "opt-1.3b.flash"
+    write_synthetic(path, SHAPES["opt-1.3b"], residents=Encoding.Q8)
+    memory = path.stat().st_size // 2
+    with memory_cgroup(memory) as (prefix, _):
+        result = child(path, memory, "run", "lowbit:q4", prefix=prefix)
+    path.unlink()
+    assert result["peak"] <= memory
+    assert 0 < result["held"] < 0.5
+    assert result["missing"] > 0
