@@ -251,7 +251,8 @@ class TestProcess:
 
     def test_an_interruption_says_how_to_continue(self, path, tmp_path):
         slow = (
-            "import os, time, flashfmt.output as o\n"
+            "import os, signal, time, flashfmt.output as o\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job's children ignore it
             "def pwrite(*a):\n    print('writing', flush=True); time.sleep(0.2); return os.pwrite(*a)\n"
             "o.pwrite = pwrite\n"
             "from flashfmt.cli import main; main()"
