@@ -14,13 +14,13 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from flashfmt.errors import FlashWriteError
 from reference_engine.sizes import format_size, parse_size
+from reference_engine.step_progress import StepProgress, step_bars
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-Report = Callable[[str, int, int], None]
 
 _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 
@@ -275,22 +275,13 @@ def _resumable(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(*, quiet: bool) -> Iterator[Report]:
+def _progress(*, quiet: bool) -> Iterator[StepProgress]:
     """One bar a step on a terminal, nothing elsewhere."""
     if quiet or not sys.stderr.isatty():
         yield lambda *_: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                for task in tasks.values():
-                    bars.update(task, visible=False)
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total, visible=True)
-
+    with step_bars(*columns, keep_full=True) as report:
         yield report
 
 

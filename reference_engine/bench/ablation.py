@@ -27,7 +27,6 @@ from reference_engine.bench.nothing_kept import KeepNothing
 from reference_engine.bench.replay import replaying
 from reference_engine.bench.results import AblationRow, Floor, PublishedRow, RunResult
 from reference_engine.bench.single import Effort, measure_engine, measure_subject, settle
-from reference_engine.bench.synthetic_files import Report
 from reference_engine.engine import Engine, EngineOptions
 from reference_engine.flash_io import load_profile
 from reference_engine.neuron_window import WindowChoice
@@ -35,6 +34,7 @@ from reference_engine.residents import residents_nbytes
 from reference_engine.selectors import SelectorChoice, selectors_nbytes
 from reference_engine.sparse_bundles import OpenReader, SparseBundles
 from reference_engine.sparse_mode import BuildsWindow, SparseOptions, bundle_opener
+from reference_engine.step_progress import StepProgress
 
 RowName = Literal[
     "naive", "attention", "predictor", "window", "bundling", "own_window", "overlap", "look_ahead", "q8", "q4"
@@ -121,7 +121,7 @@ def run_row(
     *,
     window: WindowChoice,
     machine: Machine | None,
-    report: Report,
+    report: StepProgress,
 ) -> AblationRow:
     """Run one row.
 
@@ -223,7 +223,7 @@ def _run_naive(
     effort: Effort,
     *,
     label: str,
-    report: Report,
+    report: StepProgress,
 ) -> RunResult:
     settle()
     clock = Clock()

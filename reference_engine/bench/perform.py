@@ -21,7 +21,6 @@ from reference_engine.bench.machine_description import describe_machine
 from reference_engine.bench.replay import replaying
 from reference_engine.bench.results import AblationRow, ActivityReport, Floor, Report, RunResult
 from reference_engine.bench.single import Effort, measure_engine, prompt_ids, with_room
-from reference_engine.bench.synthetic_files import Report as Progress
 from reference_engine.bench.synthetic_files import SyntheticFiles
 from reference_engine.engine import EngineOptions
 from reference_engine.machine import usable_cores
@@ -29,6 +28,7 @@ from reference_engine.neuron_window import WindowChoice
 from reference_engine.selectors import SelectorChoice
 from reference_engine.sizes import format_size
 from reference_engine.sparse_mode import SparseOptions
+from reference_engine.step_progress import StepProgress
 
 _MIN_ACTIVITY_TOKENS: Final = 64
 _MAX_ACTIVITY_TOKENS: Final = 512
@@ -80,7 +80,7 @@ class Request:
         return Effort(self.n_tokens, self.seconds, self.n_sequences)
 
 
-def perform(request: Request, source: Path | SyntheticFiles, encoding: Encoding, progress: Progress) -> Report:
+def perform(request: Request, source: Path | SyntheticFiles, encoding: Encoding, progress: StepProgress) -> Report:
     """Measure what is asked for.
 
     Parameters
@@ -188,7 +188,7 @@ def _single(
     effort: Effort,
     *,
     machine: Machine | None,
-    progress: Progress,
+    progress: StepProgress,
 ) -> tuple[RunResult, Floor | None]:
     run = measure_engine(path, options, prompt, effort, label="decoding", report=progress)
     if machine is None:

@@ -6,20 +6,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from reference_engine.bench.synthetic_files import Report
+from reference_engine.step_progress import StepProgress, step_bars
 
 _DELAY_SECONDS: Final = 2.0
 _LINE_SECONDS: Final = 10.0
 
 
 @contextmanager
-def shown(*, quiet: bool) -> Iterator[Report]:
+def shown(*, quiet: bool) -> Iterator[StepProgress]:
     """Gives what takes the progress of the work in the block."""
     if quiet:
         yield lambda what, done, total: None
@@ -27,20 +26,11 @@ def shown(*, quiet: bool) -> Iterator[Report]:
         yield _lines()
     else:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            tasks: dict[str, Any] = {}
-
-            def report(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    for task in tasks.values():
-                        bars.update(task, visible=False)
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done, total=total, visible=done < total)
-
+        with step_bars(*columns, keep_full=False) as report:
             yield report
 
 
-def _lines() -> Report:
+def _lines() -> StepProgress:
     following = time.monotonic() + _DELAY_SECONDS
 
     def report(what: str, done: int, total: int) -> None:

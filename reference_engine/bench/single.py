@@ -15,10 +15,10 @@ from flashfmt.errors import PromptError
 from reference_engine.bench.bundle_readers import Clock, timed
 from reference_engine.bench.decoding import Costs, Decode, EngineSubject, Subject, decode
 from reference_engine.bench.results import RunResult
-from reference_engine.bench.synthetic_files import Report
 from reference_engine.engine import Engine, EngineOptions
 from reference_engine.machine import forget_peak, peak_resident_nbytes, trim_heap
 from reference_engine.sparse_mode import bundle_opener
+from reference_engine.step_progress import StepProgress
 from reference_engine.token_text import read_texts
 from reference_engine.tokenizer import load_tokenizer
 
@@ -91,7 +91,7 @@ def measure_engine(
     effort: Effort,
     *,
     label: str,
-    report: Report,
+    report: StepProgress,
     look: Look = lambda engine, result: None,
 ) -> RunResult:
     """Load an engine and measure it.
@@ -127,7 +127,13 @@ def measure_engine(
 
 
 def measure_subject(
-    subject: Subject, prompt: Sequence[int], effort: Effort, *, plan: Mapping[str, object], label: str, report: Report
+    subject: Subject,
+    prompt: Sequence[int],
+    effort: Effort,
+    *,
+    plan: Mapping[str, object],
+    label: str,
+    report: StepProgress,
 ) -> RunResult:
     """Measure what is loaded already."""
     total = effort.n_sequences * effort.n_tokens

@@ -16,13 +16,13 @@ from flashfmt.encodings import Encoding
 from flashfmt.errors import FlashError, FlashWriteError
 from flashfmt.layout import round_up
 from reference_engine.sizes import format_size
+from reference_engine.step_progress import StepProgress
 from reference_engine.synthetic import Shape, discard_synthetic, synthetic_nbytes, write_synthetic
 
 RANK_MULTIPLE: Final = 64
 _N_LAST: Final = 4  # layers with a predictor of a larger rank
 _PUBLISHED_RANKS: Final = {"falcon-7b": (256, 1152)}
 
-Report = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 
@@ -59,7 +59,7 @@ class SyntheticFiles:
         residents: Encoding,
         keep: bool,
         say: Callable[[str], None],
-        report: Report,
+        report: StepProgress,
     ) -> None:
         self.shape = shape
         self._folder = folder

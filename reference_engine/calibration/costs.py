@@ -6,7 +6,7 @@ Knows: scores of windows of text. Does not know: how predictors are made or chos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +19,7 @@ from reference_engine.fitted_predictor import FittedPredictor
 from reference_engine.observation import ObservedModel
 from reference_engine.operating_points import Masking
 from reference_engine.perplexity import Score, score_windows, text_windows
+from reference_engine.step_progress import StepProgress
 
 _NORMAL_QUANTILE: Final = 1.645  # 95 %, one-sided
 
@@ -75,7 +76,7 @@ class PerplexityRuns:
         scratch: Scratch,
         token_ids: Sequence[int],
         window: int,
-        progress: Callable[[str, int, int], None],
+        progress: StepProgress,
     ) -> None:
         self._model = model
         self._scratch = scratch

@@ -40,11 +40,11 @@ from reference_engine.calibration.scratch import Scratch, Section
 from reference_engine.engine import PREFILL_TOKENS, EngineOptions
 from reference_engine.fitted_predictor import FittedPredictor
 from reference_engine.observation import NONZERO, Cut, ObservedModel
+from reference_engine.step_progress import StepProgress
 from reference_engine.token_text import TokenText, read_texts
 from reference_engine.tokenizer import Tokenizer, load_tokenizer
 from reference_engine.value_cuts import SPARSE_ACTIVATIONS, ValueSample, natural_cut
 
-Progress = Callable[[str, int, int], None]
 """(what is being done, how much is done, of how much)."""
 
 F32 = npt.NDArray[np.float32]
@@ -63,7 +63,7 @@ def calibrate(
     engine: EngineOptions | None = None,
     overwrite: bool = False,
     keep_scratch: bool = False,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> CalibrationReport:
     """Write a copy of a model with predictors and statistics, fitted to and measured on a text.
 
@@ -117,7 +117,7 @@ class _Run:
         *,
         window: int,
         target: Path,
-        progress: Progress,
+        progress: StepProgress,
     ) -> None:
         self._model = model
         self._text = text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -17,11 +17,11 @@ from reference_engine.evaluation.window_simulation import simulate_windows
 from reference_engine.observation import ObservedModel
 from reference_engine.operating_points import ActiveSets, Mask, Masking, OperatingPoint, total
 from reference_engine.perplexity import Score, TextWindow, score_text, text_windows
+from reference_engine.step_progress import StepProgress
 from reference_engine.token_text import TokenText, read_texts
 from reference_engine.tokenizer import Tokenizer, load_tokenizer
 from reference_engine.value_cuts import ValueSample
 
-Progress = Callable[[str, int, int], None]
 """(what is being done, how much is done, of how much)."""
 
 _WINDOW_TOKENS: Final = 1024
@@ -59,7 +59,7 @@ def evaluate(
     *,
     options: EvaluationOptions | None = None,
     engine: EngineOptions | None = None,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Evaluation:
     """Measure perplexity, recall, precision and shares of a model at several operating points.
 
@@ -111,7 +111,7 @@ class _Run:
         text: TokenText,
         windows: Sequence[TextWindow],
         options: EvaluationOptions,
-        progress: Progress,
+        progress: StepProgress,
     ) -> None:
         self._model = model
         self._text = text
