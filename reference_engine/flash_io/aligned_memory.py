@@ -22,7 +22,7 @@ def aligned_empty(nbytes: int) -> npt.NDArray[np.uint8]:
     """
     huge = nbytes >= HUGE_PAGE_BYTES
     capacity = round_up(max(nbytes, 1), IO_ALIGNMENT)
-    mapping = mmap.mmap(-1, capacity + (HUGE_PAGE_BYTES if huge else 0))
+    mapping = _anonymous(capacity + (HUGE_PAGE_BYTES if huge else 0))
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -31,3 +31,10 @@ def aligned_empty(nbytes: int) -> npt.NDArray[np.uint8]:
     whole = np.frombuffer(mapping, np.uint8)
     start = -whole.ctypes.data % HUGE_PAGE_BYTES if huge else 0
     return whole[start : start + nbytes]
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    """Anonymous memory; private where there is a choice, as shared memory hardly ever gets huge pages."""
+    if hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)
