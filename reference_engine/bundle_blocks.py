@@ -6,7 +6,7 @@ the file alone and never on the budget: the arithmetic is then the same at every
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,6 +43,17 @@ def split_layer(info: BundlesInfo) -> list[Block]:
         offset = info.extent.offset + first * geometry.stride
         blocks.append(Block(info.layer, first, n_neurons, offset, n_neurons * geometry.stride))
     return blocks
+
+
+def runs_of(blocks: Sequence[Block], is_pinned: Mapping[Block, bool]) -> list[list[Block]]:
+    """Blocks of one layer; neighbours that are pinned are together, as one call computes them."""
+    runs: list[list[Block]] = []
+    for block in blocks:
+        if runs and is_pinned[block] and is_pinned[runs[-1][0]]:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return runs
 
 
 def pinned_nbytes(blocks: Sequence[Block], pinned: Sequence[bool]) -> int:

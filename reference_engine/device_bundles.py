@@ -127,6 +127,14 @@ class DeviceBundles:
             self.close()
             raise
 
+    def whole(self, layer: int) -> None:
+        """Which bundles are on the device changes."""
+        return
+
+    def taps(self, layer: int) -> tuple[TapPoint, ...]:
+        """What selectors look at."""
+        return tuple(point for place, point in self._ahead if place == layer)
+
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
         """Select for the layers whose selectors look at this activation."""
         for target in self._ahead.get((layer, point), ()):

@@ -77,9 +77,6 @@ class DeviceStack(DecoderStack):
             raise TypeError(f"a device's decoder needs a device's backend, not {self._backend.name}")
         return self._backend
 
-    def _rotations(self, positions: npt.NDArray[np.int64]) -> dict[str, Rotation]:
+    def _rotations(self, positions: npt.NDArray[np.int64]) -> list[Rotation]:
         upload = self._device_backend.device.upload
-        return {
-            name: Rotation(upload(rotation.cos), upload(rotation.sin), rotation.pairing)
-            for name, rotation in super()._rotations(positions).items()
-        }
+        return [Rotation(upload(rotation.cos), upload(rotation.sin)) for rotation in super()._rotations(positions)]

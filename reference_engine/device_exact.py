@@ -8,14 +8,14 @@ Knows: which blocks are pinned or streamed. Does not know: arithmetic.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from flashfmt import FlashModel
 from reference_engine.backends.cupy_protocol import Bytes, Device, DeviceArray
-from reference_engine.bundle_blocks import Block
+from reference_engine.bundle_blocks import Block, runs_of, split_layer
 from reference_engine.bundle_checksums import Verify, require_checksums
 from reference_engine.device_landing import Arriving, LandingRing
 from reference_engine.exact_bundles import model_blocks
@@ -50,7 +50,7 @@ class DeviceExactBundles:
         self._is_pinned = dict(zip(self._blocks, pinned_blocks, strict=True))
         self._streamed = [block for block in self._blocks if not self._is_pinned[block]]
         self._is_verified: set[Block] = set()
-        self._runs = [_runs_of(info.layer, self._blocks, self._is_pinned) for info in model.layers]
+        self._runs = [runs_of(split_layer(info), self._is_pinned) for info in model.layers]
         self._pinned: dict[Block, DeviceArray] = {}  # rows of a pinned run, by its first block
         self._under_way: deque[tuple[int, Arriving]] = deque()  # places in `_streamed`
         self._ring = LandingRing(device, RING_SLOTS, max(block.nbytes for block in self._blocks))
@@ -89,8 +89,16 @@ class DeviceExactBundles:
                 progress(block.nbytes)
         self._refill(0)
 
-    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
+    def whole(self, layer: int) -> None:
+        """Blocks of a device are handed out by `blocks`."""
+        return
+
+    def taps(self, layer: int) -> tuple[TapPoint, ...]:
         """Nothing to look ahead for: every neuron is wanted anyway."""
+        return ()
+
+    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
+        """Nothing asks for it."""
 
     def blocks(self, layer: int, x: F32) -> Iterator[BundleBlock]:
         """Blocks of a layer in neuron order, on the device, whatever `x`; each is valid until the next is asked for.
@@ -161,14 +169,3 @@ class DeviceExactBundles:
         neurons = range(block.first, block.first + block.n_neurons)
         require_checksums(info, neurons, rows, self._model.bundles(block.layer).checksums)
         self._is_verified.add(block)
-
-
-def _runs_of(layer: int, blocks: Sequence[Block], is_pinned: Mapping[Block, bool]) -> list[list[Block]]:
-    """Blocks of a layer; neighbours that are pinned together, as every call costs the device some launches."""
-    runs: list[list[Block]] = []
-    for block in (block for block in blocks if block.layer == layer):
-        if runs and is_pinned[block] and is_pinned[runs[-1][0]]:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return runs

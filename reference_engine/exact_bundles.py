@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from flashfmt import FlashModel
 from flashfmt.layout import round_up
-from reference_engine.bundle_blocks import Block, split_layer
+from reference_engine.bundle_blocks import Block, runs_of, split_layer
 from reference_engine.bundle_checksums import Verify, require_checksums
 from reference_engine.flash_io import (
     IO_ALIGNMENT,
@@ -47,7 +47,7 @@ class ExactBundles:
 
     Attributes
     ----------
-    compute_seconds : that callers took for the blocks they were handed.
+    compute_seconds : that callers took for the blocks they were handed; layers taken as a `whole` are not in it.
     """
 
     def __init__(self, model: FlashModel, pinned_blocks: Sequence[bool], *, verify: Verify = "first") -> None:
@@ -61,9 +61,7 @@ class ExactBundles:
         self._streamed = [block for block in self._blocks if not self._is_pinned[block]]
         self._verified = [False] * len(self._streamed)
         self._stream: CyclicStream | None = None
-        self._by_layer: list[list[Block]] = [[] for _ in model.layers]
-        for block in self._blocks:
-            self._by_layer[block.layer].append(block)
+        self._runs = [runs_of(split_layer(info), self._is_pinned) for info in model.layers]
 
     def load(self, progress: Callable[[int], None] | None = None) -> None:
         """Read the pinned blocks and start the stream; `progress` gets the bytes of each block.
@@ -72,25 +70,39 @@ class ExactBundles:
         ------
         FlashReadError, ChecksumError
         """
-        wanted = [block for block in self._blocks if self._is_pinned[block]]
-        arena = aligned_empty(sum(round_up(block.nbytes, IO_ALIGNMENT) for block in wanted))
+        pinned = [run for runs in self._runs for run in runs if self._is_pinned[run[0]]]
+        arena = aligned_empty(sum(round_up(block.nbytes, IO_ALIGNMENT) for run in pinned for block in run))
         jobs = []
         start = 0
-        for block in wanted:
-            buffer = arena[start : start + round_up(block.nbytes, IO_ALIGNMENT)]
-            start += buffer.nbytes
-            self._pinned[block] = self._rows(block, buffer[: block.nbytes])
-            jobs.append(partial(self._load_block, block, buffer))
+        for run in pinned:
+            # all blocks but a layer's last have whole pages: no gap within a run
+            nbytes, n_neurons = sum(block.nbytes for block in run), sum(block.n_neurons for block in run)
+            self._pinned[run[0]] = arena[start : start + nbytes].reshape(n_neurons, -1)
+            for block in run:
+                buffer = arena[start : start + round_up(block.nbytes, IO_ALIGNMENT)]
+                start += buffer.nbytes
+                jobs.append(partial(self._load_block, block, buffer))
         run_side_by_side(jobs, progress)
         if self._streamed:
             ranges = [StreamRange(self._file(block), block.offset, block.nbytes) for block in self._streamed]
             self._stream = CyclicStream(ranges, n_slots=RING_SLOTS, check=self._check_arrival)
 
-    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
+    def whole(self, layer: int) -> Bytes | None:
+        """All bundles of a layer, where it is pinned as a whole and loaded."""
+        runs = self._runs[layer]
+        return self._pinned.get(runs[0][0]) if len(runs) == 1 else None
+
+    def taps(self, layer: int) -> tuple[TapPoint, ...]:
         """Nothing to look ahead for: every neuron is wanted anyway."""
+        return ()
+
+    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
+        """Nothing asks for it."""
 
     def blocks(self, layer: int, x: F32 | None = None) -> Iterator[BundleBlock]:
         """Blocks of a layer in neuron order, whatever `x`; each is valid until the next is asked for.
+
+        Neighbours that are pinned come as one.
 
         Raises
         ------
@@ -99,8 +111,9 @@ class ExactBundles:
         """
         if layer == 0 and self._stream is not None:
             self._stream.rewind()
-        for block in self._by_layer[layer]:
-            neurons = slice(block.first, block.first + block.n_neurons)
+        for run in self._runs[layer]:
+            block = run[0]
+            neurons = slice(block.first, run[-1].first + run[-1].n_neurons)
             if self._is_pinned[block]:
                 yield from self._timed(BundleBlock(neurons, self._pinned[block]))
                 continue

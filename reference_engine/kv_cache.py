@@ -45,6 +45,10 @@ class KvCache:
         """Views of all keys and all values of a layer."""
         return self._data[0, layer], self._data[1, layer]
 
+    def layers(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Views of all keys and all values, [n_layers, n_kv_heads, context_tokens, head_dim]."""
+        return self._data[0], self._data[1]
+
     def advance(self, n_new: int) -> None:
         """Count `n_new` appended tokens as valid."""
         self.n_tokens += n_new

@@ -26,7 +26,7 @@ from reference_engine.engine import PREFILL_TOKENS, Engine, EngineOptions
 from reference_engine.exact_bundles import ExactBundles
 from reference_engine.kv_cache import KvCache
 from reference_engine.models.decoder_stack import DecoderStack
-from reference_engine.models.weights import BundleBlock, BundleSource, TapPoint
+from reference_engine.models.weights import BundleBlock, TapPoint
 from reference_engine.residents import (
     EMBEDDING,
     FlashTable,
@@ -217,15 +217,20 @@ class WatchedModel:
 class _ObservedFfn:
     """Source of bundles and FFN in one: it notes which block it hands out, and shows that block's values."""
 
-    def __init__(self, bundles: BundleSource, backend: Backend) -> None:
+    def __init__(self, bundles: ExactBundles, backend: Backend) -> None:
         self._bundles = bundles
         self._backend = backend
         self._layer = 0
         self._neurons = slice(0)
         self.observer: Observer | None = None
 
+    def whole(self, layer: int) -> None:
+        return None
+
+    def taps(self, layer: int) -> tuple[TapPoint, ...]:
+        return ("attention_input", "attention_output", "ffn_input")
+
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
-        self._bundles.tap(layer, point, x)
         if self.observer is not None:
             self.observer.tap(layer, point, x)
 

@@ -87,6 +87,10 @@ class SparseBundles:
         for layer, tapped in enumerate(selectors if hints is None else hints):
             if (tapped.tap.layer, tapped.tap.point) != (layer, "ffn_input"):
                 self._ahead.setdefault((tapped.tap.layer, tapped.tap.point), []).append(layer)
+        self._taps: list[tuple[TapPoint, ...]] = [
+            tuple(point for place, point in self._ahead if place == layer and point != "ffn_input")
+            for layer in range(len(model.layers))
+        ]
         strides = [info.geometry.stride for info in model.layers]
         arena = aligned_empty(slots_nbytes(capacities, strides))
         start = 0
@@ -132,13 +136,17 @@ class SparseBundles:
         """Call `observer` with the record of every pass to come, at its end."""
         self._observers.append(observer)
 
-    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
-        """Select ahead for the layers whose look-ahead selectors wait for this activation.
+    def whole(self, layer: int) -> None:
+        """Which bundles are in memory changes."""
+        return
 
-        An FFN input is looked at in `blocks`, after that layer's own reads have begun.
-        """
-        if point != "ffn_input":
-            self._look_ahead(layer, point, x)
+    def taps(self, layer: int) -> tuple[TapPoint, ...]:
+        """What look-ahead selectors wait for; `blocks` shows them FFN inputs, once the layer's own reads have begun."""
+        return self._taps[layer]
+
+    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
+        """Select ahead for the layers whose look-ahead selectors wait for this activation."""
+        self._look_ahead(layer, point, x)
 
     def blocks(self, layer: int, x: F32) -> Iterator[BundleBlock]:
         """Blocks of the active bundles of a layer: those held, then those that arrive. Valid until the next.

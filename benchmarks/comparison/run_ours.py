@@ -58,8 +58,16 @@ class MappedBundles:
             for info in model.layers
         ]
 
-    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
+    def whole(self, layer: int) -> np.ndarray:
+        """All bundles of a layer."""
+        return self._rows[layer].view(np.ndarray)
+
+    def taps(self, layer: int) -> tuple[TapPoint, ...]:
         """Nothing to look ahead for."""
+        return ()
+
+    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
+        """Nothing asks for it."""
 
     def blocks(self, layer: int, x: F32) -> Iterator[BundleBlock]:
         """Blocks of a layer in neuron order."""

@@ -14,8 +14,12 @@ from reference_engine.backends.protocol import (
     AttentionWeights,
     Backend,
     FfnShape,
-    HeadNorm,
+    LayerRotation,
+    LayerWeights,
     Matrix,
+    NormWeights,
+    Step,
+    TokenPass,
 )
 
 BackendName = Literal["auto", "numba", "numpy"]
@@ -26,8 +30,12 @@ __all__ = [
     "Backend",
     "BackendName",
     "FfnShape",
-    "HeadNorm",
+    "LayerRotation",
+    "LayerWeights",
     "Matrix",
+    "NormWeights",
+    "Step",
+    "TokenPass",
     "is_compiled",
     "load_backend",
 ]

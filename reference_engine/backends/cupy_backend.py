@@ -12,7 +12,7 @@ Knows: arrays and which kernel takes them. Does not know: files, layers, caches,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,13 +25,13 @@ from reference_engine.backends.activations import ACTIVATION_CODES
 from reference_engine.backends.cupy_protocol import Device, DeviceArray
 from reference_engine.backends.protocol import (
     FFN_BLOCK_NEURONS,
-    AttentionStep,
-    AttentionWeights,
     F32Array,
     FfnShape,
     IdArray,
+    LayerWeights,
     Matrix,
     Pairing,
+    TokenPass,
 )
 
 FEW_TOKENS: Final = 8
@@ -212,8 +212,8 @@ class CupyBackend:
         self._launch("attend_combine", grid, _ATTEND_THREADS, partial, i32(n_stretches), i32(width), out)
         return out
 
-    def bind_attention(self, weights: AttentionWeights) -> AttentionStep | None:
-        """See `Backend.bind_attention`."""
+    def bind_layers(self, layers: Sequence[LayerWeights]) -> TokenPass | None:
+        """See `Backend.bind_layers`."""
         return None
 
     def ffn(

@@ -180,21 +180,33 @@ def rotate(x: int, n_tokens: int, n_heads: int, width: int, cos: int, sin: int, 
 
 
 @compiled
+def _sum_of(source: Any, first: int, width: int, shift: float, power: int) -> float:
+    """Sum of (x - shift) ** power, power 1 or 2, of float32 values, in float64; four sums at once, which run faster."""
+    s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
+    whole = first + width // 4 * 4
+    for i in range(first, whole, 4):
+        d0, d1 = np.float64(source[i]) - shift, np.float64(source[i + 1]) - shift
+        d2, d3 = np.float64(source[i + 2]) - shift, np.float64(source[i + 3]) - shift
+        if power == 2:
+            d0, d1, d2, d3 = d0 * d0, d1 * d1, d2 * d2, d3 * d3
+        s0, s1, s2, s3 = s0 + d0, s1 + d1, s2 + d2, s3 + d3
+    for i in range(whole, first + width):
+        d = np.float64(source[i]) - shift
+        s0 += d * d if power == 2 else d
+    return (s0 + s1) + (s2 + s3)
+
+
+@compiled
 def norm(x: int, n_rows: int, width: int, weight: int, bias: int, eps: float, centred: int, out: int) -> None:
-    """Layer norm where `centred`, else RMS norm, of n rows; absent weight and bias are 0. Sums in float64."""
+    """Layer norm where `centred`, else RMS norm, of n rows, in place where `out` is `x`.
+
+    Absent weight and bias are 0. Sums in float64.
+    """
     source, target = floats(x, n_rows * width), floats(out, n_rows * width)
     for r in range(n_rows):
         at = r * width
-        mean = 0.0
-        if centred != 0:
-            for i in range(width):
-                mean += np.float64(source[at + i])
-            mean /= width
-        squares = 0.0
-        for i in range(width):
-            d = np.float64(source[at + i]) - mean
-            squares += d * d
-        inverse = np.float32(1.0 / math.sqrt(squares / width + eps))
+        mean = _sum_of(source, at, width, 0.0, 1) / width if centred != 0 else 0.0
+        inverse = np.float32(1.0 / math.sqrt(_sum_of(source, at, width, mean, 2) / width + eps))
         shift = np.float32(mean)
         for i in range(width):
             v = (source[at + i] - shift) * inverse

@@ -7,7 +7,7 @@ Knows: arrays. Does not know: files, layers, caches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, cast
 
 import numpy as np
@@ -17,13 +17,13 @@ from flashfmt.encodings import Encoding, decode
 from reference_engine.backends.activations import activate
 from reference_engine.backends.protocol import (
     FFN_BLOCK_NEURONS,
-    AttentionStep,
-    AttentionWeights,
     F32Array,
     FfnShape,
     IdArray,
+    LayerWeights,
     Matrix,
     Pairing,
+    TokenPass,
 )
 
 TILE_BYTES: Final = 4 << 20
@@ -117,8 +117,8 @@ class NumpyBackend:
             out[:, head] = (scores @ v) / scores.sum(axis=1, keepdims=True)
         return out
 
-    def bind_attention(self, weights: AttentionWeights) -> AttentionStep | None:
-        """See `Backend.bind_attention`."""
+    def bind_layers(self, layers: Sequence[LayerWeights]) -> TokenPass | None:
+        """See `Backend.bind_layers`."""
         return None
 
     def ffn(

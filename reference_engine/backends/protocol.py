@@ -15,8 +15,9 @@ Two promises hold for `Backend.ffn`, so that exact mode gives the same bits at e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
@@ -28,6 +29,7 @@ from flashfmt.manifest import Activation
 F32Array = npt.NDArray[np.float32]
 IdArray = npt.NDArray[np.integer[Any]]
 Pairing = Literal["half", "interleaved"]
+BlockOrder = Literal["pre_norm", "post_norm", "parallel"]
 
 FFN_BLOCK_NEURONS: Final = 64
 
@@ -109,21 +111,28 @@ class FfnShape:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HeadNorm:
-    """A norm of queries or keys: over each head, or over all heads together where `n_vectors` is 1.
+class NormWeights:
+    """A norm of vectors.
 
     Parameters
     ----------
-    n_vectors : how many vectors of equal length are normalised.
     centred : layer norm, else RMS norm.
     weight, bias : float32 [length of a vector] or None.
     """
 
-    n_vectors: int
     centred: bool
     eps: float
     weight: F32Array | None
     bias: F32Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRotation:
+    """How a layer turns queries and keys: by which table of angles, `n_pairs` dimension pairs of each head."""
+
+    table: int
+    n_pairs: int
+    pairing: Pairing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,8 +144,9 @@ class AttentionWeights:
     q, k, v : [n_heads * head_dim, d_model], and [n_kv_heads * head_dim, d_model] twice.
     output : [d_model, n_heads * head_dim].
     q_bias, k_bias, v_bias, output_bias : float32 [n_rows] or None.
-    q_norm, k_norm : or None.
-    scale, window, pairing : see `Backend.attend` and `Backend.rotate`.
+    q_norm, k_norm : of queries and keys, or None: of each head by itself where `norm_each_head`, else of all together.
+    scale, window : see `Backend.attend`.
+    rotation : None where nothing turns.
     """
 
     q: Matrix
@@ -147,41 +157,94 @@ class AttentionWeights:
     k_bias: F32Array | None
     v_bias: F32Array | None
     output_bias: F32Array | None
-    q_norm: HeadNorm | None
-    k_norm: HeadNorm | None
+    q_norm: NormWeights | None
+    k_norm: NormWeights | None
+    norm_each_head: bool
     n_heads: int
     n_kv_heads: int
     head_dim: int
     scale: float
     window: int | None
-    pairing: Pairing
+    rotation: LayerRotation | None
 
 
-class AttentionStep(Protocol):
-    """The attention of one token, with weights that were bound to it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeights:
+    """All that a layer is computed with, apart from bundles that do not stay in memory.
 
-    def __call__(
+    Parameters
+    ----------
+    order : of the steps, as in `flashfmt.manifest.Block`.
+    ffn_norm : None where the attention's input is the FFN's, too.
+    gate_bias, up_bias : float32 [n_neurons] or None.
+    down_bias : float32 [d_model] or None.
+    bundles : uint8 [n_neurons, ffn.stride], C-contiguous, of all neurons in their order, or None.
+    """
+
+    order: BlockOrder
+    attention_norm: NormWeights
+    attention: AttentionWeights
+    ffn_norm: NormWeights | None
+    ffn: FfnShape
+    gate_bias: F32Array | None
+    up_bias: F32Array | None
+    down_bias: F32Array | None
+    bundles: npt.NDArray[np.uint8] | None
+
+
+class Step(IntEnum):
+    """The steps of a layer, by what is known behind them."""
+
+    ATTENTION_INPUT = 0
+    FFN_INPUT = 1
+    """Attention is done; `TokenPass.ffn_output` is the bias, or zero."""
+    FFN_OUTPUT = 2
+    LAYER_OUTPUT = 3
+
+
+class TokenPass(Protocol):
+    """One token on its way through layers whose weights were bound to it, in as few calls as the caller allows.
+
+    Gives the bits that the functions of the backend give one after the other.
+
+    Attributes
+    ----------
+    hidden, attention_input, attention_output, ffn_input, ffn_output : float32 [1, d_model], always the same arrays.
+    """
+
+    hidden: F32Array
+    attention_input: F32Array
+    attention_output: F32Array
+    ffn_input: F32Array
+    ffn_output: F32Array
+
+    def begin(
         self,
         x: F32Array,
-        cos: F32Array | None,
-        sin: F32Array | None,
+        rotations: Sequence[tuple[F32Array, F32Array]],
         keys: npt.NDArray[Any],
         values: npt.NDArray[Any],
         *,
         n_past: int,
-    ) -> F32Array:
-        """Project, normalise and turn query and key, append key and value to the cache, attend, project.
+    ) -> None:
+        """Stand before the first layer.
 
         Parameters
         ----------
-        x : float32 [1, d_model].
-        cos, sin : float32 [1, n_dims / 2], or None where nothing turns.
-        keys, values : as for `Backend.attend`; position `n_past` is written.
-
-        Returns
-        -------
-        float32 [1, d_model], new: the same bits as by the functions of the backend one after the other.
+        x : float32 [1, d_model], copied to `hidden`.
+        rotations : cosines and sines, float32 [1, n_pairs] each, of every table; copied.
+        keys, values : as for `Backend.attend`, of all layers: [n_layers, n_kv_heads, capacity, head_dim]. Position
+            `n_past` is written.
         """
+
+    def advance(self, layer: int, step: Step) -> None:
+        """Take all steps up to this one.
+
+        Where `computes_ffn` is false for a layer, its FFN step does nothing: the caller adds to `ffn_output`.
+        """
+
+    def computes_ffn(self, layer: int) -> bool:
+        """Whether the FFN of a layer is among its steps."""
 
 
 class Backend(Protocol):
@@ -266,8 +329,8 @@ class Backend(Protocol):
         float32 [n_tokens, n_heads, head_dim], new.
         """
 
-    def bind_attention(self, weights: AttentionWeights) -> AttentionStep | None:
-        """One call for all of a layer's attention of one token; None where the backend has no such thing for them."""
+    def bind_layers(self, layers: Sequence[LayerWeights]) -> TokenPass | None:
+        """What takes one token through all layers; None where the backend has no such thing for them."""
 
     def ffn(
         self,

@@ -197,10 +197,14 @@ class _ReadingAttention:
         self._bundles = bundles
         self._tensors = tensors
 
+    def whole(self, layer: int) -> None:
+        return None
+
+    def taps(self, layer: int) -> tuple[TapPoint, ...]:
+        return ("attention_input",)
+
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
-        if point == "attention_input":
-            self._tensors.load_layer(layer)
-        self._bundles.tap(layer, point, x)
+        self._tensors.load_layer(layer)
 
     def blocks(self, layer: int, x: F32) -> Iterator[BundleBlock]:
         return self._bundles.blocks(layer, x)

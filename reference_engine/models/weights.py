@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -30,8 +30,16 @@ class BundleBlock:
 class BundleSource(Protocol):
     """Hands out the bundles that an FFN is computed with. Layers are asked for in order, pass after pass."""
 
+    def whole(self, layer: int) -> npt.NDArray[np.uint8] | None:
+        """All bundles of a layer, uint8 [n_neurons, stride], if they stay in memory; `blocks` may be left out then."""
+        ...
+
+    def taps(self, layer: int) -> Collection[TapPoint]:
+        """What to show of a layer."""
+        ...
+
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
-        """Show an activation [n_tokens, d_model] as soon as it is known, to whom it may help to look ahead."""
+        """Show an activation [n_tokens, d_model] that `taps` names, as soon as it is known; valid during the call."""
         ...
 
     def blocks(self, layer: int, x: F32) -> Iterable[BundleBlock]:
