@@ -27,4 +27,4 @@ def test_private(nbytes):
     buffer = aligned_empty(nbytes)
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     spans = [(*(int(end, 16) for end in line[0].split("-")), line[1]) for line in lines]
-    assert ["rw-p"] == [mode for first, last, mode in spans if first <= buffer.ctypes.data < last]
+    assert [mode for first, last, mode in spans if first <= buffer.ctypes.data < last] == ["rw-p"]
