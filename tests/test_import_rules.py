@@ -21,7 +21,7 @@ ONLY_IN = {
     "gguf": "flashfmt/convert/gguf_source.py",
     "huggingface_hub": "flashfmt/convert/hub.py",
     "llvmlite": "reference_engine/backends/numba_",
-    "numba": "reference_engine/backends/numba_",
+    "numba": ("reference_engine/backends/numba_", "reference_engine/flash_io/numba_"),
     "zarr": ("flashfmt/zarr_store.py", "reference_engine/calibration/scratch.py"),
 }
 NOWHERE = {"accelerate", "safetensors", "tensorstore", "transformers"}

@@ -99,7 +99,8 @@ def _fingerprint() -> str:
     target = (str(config.CPU_NAME), str(config.CPU_FEATURES))
     for text in (*versions, llvm.get_host_cpu_name(), features, *target):
         digest.update(text.encode() + b"\0")
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for source in sorted((*here.glob("*.py"), *here.parent.glob("flash_io/numba_*.py"))):
         digest.update(f"{source}\0{source.stat().st_mtime_ns}\0".encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -8,6 +8,7 @@ Knows: how to start the child. Does not know: kernels.
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -43,11 +44,12 @@ def warm_up() -> bool:
 
 
 def main() -> None:
-    """Compile all kernels in this process and record that they are cached."""
+    """Compile all kernels in this process, flash reading's too, and record that they are cached."""
     from reference_engine.backends.numba_backend import compile_kernels
     from reference_engine.backends.numba_runtime import note_kernels_cached
 
     compile_kernels()
+    importlib.import_module("reference_engine.flash_io.numba_queue")  # compiles its functions when it is imported
     note_kernels_cached()
 
 

@@ -15,7 +15,7 @@ from reference_engine.flash_io import linux_syscalls
 from reference_engine.flash_io.kernel_queue import ENTRY_BYTES, TRANSIENT, Entries, fill_entries
 from reference_engine.flash_io.request_plan import I64, RequestPlan
 
-_IOCB: Final = np.dtype(
+IOCB: Final = np.dtype(
     {
         "names": ["tag", "opcode", "fd", "address", "nbytes", "offset"],
         "formats": ["<u8", "<u2", "<u4", "<u8", "<u8", "<i8"],
@@ -24,7 +24,7 @@ _IOCB: Final = np.dtype(
     }
 )
 _EVENT: Final = np.dtype([("tag", "<u8"), ("iocb", "<u8"), ("result", "<i8"), ("result2", "<i8")])
-_PREAD, _PREADV = 0, 7
+PREAD, PREADV = 0, 7
 
 
 class AioQueue:
@@ -44,8 +44,8 @@ class AioQueue:
 
     def prepare(self, plan: RequestPlan, first_tag: int) -> Entries:
         """Control blocks; see `KernelQueue.prepare`."""
-        entries = np.zeros(len(plan), _IOCB)
-        fill_entries(entries, plan, first_tag, fd=self._fd, read_opcode=_PREAD, readv_opcode=_PREADV)
+        entries = np.zeros(len(plan), IOCB)
+        fill_entries(entries, plan, first_tag, fd=self._fd, read_opcode=PREAD, readv_opcode=PREADV)
         return entries
 
     def push(self, entries: Entries, start: int, stop: int) -> int:

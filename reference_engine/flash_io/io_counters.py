@@ -38,14 +38,19 @@ class IoTally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._total = IoCounters()
+        self._bytes_read = 0
+        self._n_requests = 0
+        self._wait_seconds = 0.0
 
     @property
     def counters(self) -> IoCounters:
         """The sum so far."""
-        return self._total
+        with self._lock:
+            return IoCounters(self._bytes_read, self._n_requests, self._wait_seconds)
 
     def add(self, *, bytes_read: int = 0, n_requests: int = 0, wait_seconds: float = 0.0) -> None:
         """Add to the sum."""
         with self._lock:
-            self._total += IoCounters(bytes_read, n_requests, wait_seconds)
+            self._bytes_read += bytes_read
+            self._n_requests += n_requests
+            self._wait_seconds += wait_seconds

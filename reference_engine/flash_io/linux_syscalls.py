@@ -54,7 +54,10 @@ def io_uring_setup(n_entries: int, params_address: int) -> int:
 
 def io_uring_enter(ring_fd: int, n_submit: int, min_complete: int, flags: int) -> int:
     """Number of entries that the kernel took from the submission ring."""
-    return _call(_IO_URING_ENTER, ring_fd, n_submit, min_complete, flags)
+    if _libc is None:
+        return -errno.ENOSYS
+    result: int = _libc.syscall(_IO_URING_ENTER, ring_fd, n_submit, min_complete, flags, 0, 0)
+    return result if result >= 0 else -ctypes.get_errno()
 
 
 def io_setup(n_events: int, context_address: int) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from flashfmt.errors import FlashReadError
 from reference_engine.flash_io.aio_queue import AioQueue
@@ -21,20 +21,35 @@ BackendName = Literal["uring", "aio", "pread", "mmap"]
 _NEEDS_DIRECT: Final = ("uring", "aio")
 
 
-def _uring(file: OpenFile, tuning: IoTuning) -> RangeReader:
+def _uring(file: OpenFile, tuning: IoTuning, *, compiled: bool) -> RangeReader:
+    if compiled:
+        from reference_engine.flash_io.numba_queue import CompiledSteps, CompiledUringQueue
+
+        return QueueReader("uring", file, tuning, CompiledUringQueue, CompiledSteps)
     return QueueReader("uring", file, tuning, UringQueue)
 
 
-def _aio(file: OpenFile, tuning: IoTuning) -> RangeReader:
+def _aio(file: OpenFile, tuning: IoTuning, *, compiled: bool) -> RangeReader:
+    if compiled:
+        from reference_engine.flash_io.numba_queue import CompiledAioQueue, CompiledSteps
+
+        return QueueReader("aio", file, tuning, CompiledAioQueue, CompiledSteps)
     return QueueReader("aio", file, tuning, AioQueue)
 
 
-BACKENDS: Final[dict[str, Callable[[OpenFile, IoTuning], RangeReader]]] = {
-    "uring": _uring,
-    "aio": _aio,
-    "pread": PreadReader,
-    "mmap": MmapReader,
-}
+def _pread(file: OpenFile, tuning: IoTuning, *, compiled: bool) -> RangeReader:
+    return PreadReader(file, tuning)
+
+
+def _mmap(file: OpenFile, tuning: IoTuning, *, compiled: bool) -> RangeReader:
+    return MmapReader(file, tuning)
+
+
+class _Opens(Protocol):
+    def __call__(self, file: OpenFile, tuning: IoTuning, *, compiled: bool) -> RangeReader: ...
+
+
+_BACKENDS: Final[dict[str, _Opens]] = {"uring": _uring, "aio": _aio, "pread": _pread, "mmap": _mmap}
 
 
 def open_reader(
@@ -43,6 +58,7 @@ def open_reader(
     backend: BackendName | Literal["auto"] = "auto",
     tuning: IoTuning | None = None,
     range_alignment: int = IO_ALIGNMENT,
+    compiled: bool | None = None,
 ) -> RangeReader:
     """Open `path` for reading many ranges at once.
 
@@ -53,12 +69,14 @@ def open_reader(
     tuning : what the device profile says, by default.
     range_alignment : what offsets, sizes and addresses will be multiples of. Where the device's direct reads need
         more, the file is read buffered.
+    compiled : drive kernel queues by compiled functions, which need numba; by default where this process has loaded it.
 
     Raises
     ------
     FlashReadError
         If the file cannot be opened, or the backend that was asked for does not work here.
     """
+    compiled = "numba" in sys.modules if compiled is None else compiled
     profile = load_profile(path)
     tuning = tuning or profile.tuning
     names = [backend] if backend != "auto" else list(dict.fromkeys((profile.backend, *DEFAULT_BACKENDS)))
@@ -69,7 +87,7 @@ def open_reader(
             failures.append(f"{name}: the file system or the ranges' alignment allows no direct reads")
             continue
         try:
-            return BACKENDS[name](file, tuning)
+            return _BACKENDS[name](file, tuning, compiled=compiled)
         except OSError as error:
             failures.append(f"{name}: {error.strerror}")
         except BaseException:

@@ -23,6 +23,7 @@ from typing import Final
 import numpy as np
 
 from flashfmt.errors import FlashReadError
+from reference_engine.flash_io.batch_steps import REQUEST_MASK, TAG_BITS, BatchSteps, PlainSteps, PlanLimits
 from reference_engine.flash_io.io_counters import IoCounters
 from reference_engine.flash_io.kernel_queue import Entries, KernelQueue
 from reference_engine.flash_io.open_file import OpenFile
@@ -37,8 +38,6 @@ from reference_engine.flash_io.range_reader import (
 from reference_engine.flash_io.read_fully import RETRIES, read_fully
 from reference_engine.flash_io.request_plan import I64
 
-_TAG_BITS: Final = 32  # a tag is the batch's number and, in these bits, the request's
-_REQUEST_MASK: Final = (1 << _TAG_BITS) - 1
 _REFILL_SHARE: Final = 4  # of what is in flight: when this part has ended, more is pushed
 _INCOMPLETE: Final = RETRIES | {errno.ECANCELED}  # the last where the thread that began a request has ended
 _FIRST_PUSH: Final = 4  # an idle device begins with these while the kernel is still handed the rest
@@ -54,6 +53,7 @@ class _Work:
         self.entries = entries
         self.plan = pending.plan
         self.number = number
+        self.n_planned = len(pending.plan)
         self.n_pushed = 0
         self.n_in_flight = 0
         self.n_requests = 0
@@ -72,7 +72,7 @@ class _Work:
     @property
     def is_fed(self) -> bool:
         """Whether nothing of it is to be pushed any more."""
-        return self.n_pushed == len(self.plan) or self.error is not None or self.pending.is_cancelled
+        return self.n_pushed == self.n_planned or self.error is not None or self.pending.is_cancelled
 
     def fail(self, error: FlashReadError) -> None:
         """Note the first error; no further requests are then made."""
@@ -94,11 +94,17 @@ class QueueReader:
     """
 
     def __init__(
-        self, name: str, file: OpenFile, tuning: IoTuning, make_queue: Callable[[int, int], KernelQueue]
+        self,
+        name: str,
+        file: OpenFile,
+        tuning: IoTuning,
+        make_queue: Callable[[int, int], KernelQueue],
+        make_steps: Callable[[PlanLimits], BatchSteps] = PlainSteps,
     ) -> None:
         self.name = name
         self.file = file
-        self._batches = BatchMaker(file, tuning)
+        self._batches = BatchMaker(file, tuning, make_steps)
+        self._steps = self._batches.steps
         self._queue = make_queue(file.fd, tuning.depth)
         self._depth = min(self._queue.depth, tuning.depth)
         self._turn = threading.Lock()  # taken before `_lock` where both are
@@ -126,7 +132,7 @@ class QueueReader:
             raise closed_reader(self.file)
         pending = self._batches.batch(offsets, nbytes, buffer, positions, ahead=ahead)
         number = next(self._numbers)
-        work = _Work(self, pending, number, self._queue.prepare(pending.plan, number << _TAG_BITS))
+        work = _Work(self, pending, number, self._queue.prepare(pending.plan, number << TAG_BITS))
         try:
             self._begin(work)
             return pending
@@ -174,21 +180,21 @@ class QueueReader:
             self.close()
 
     def _begin(self, work: _Work) -> None:
-        with self._lock:
-            is_torn = self._is_torn
-        if is_torn:
+        while True:
+            with self._lock:
+                if not self._is_torn:
+                    self._is_torn = True
+                    if self._breakdown is not None:
+                        work.fail(self._breakdown)
+                    work.pending.driver = work
+                    self._works[work.number] = work
+                    self._lanes[work.pending.ahead].append(work)
+                    self._feed()
+                    self._end_if_done(work)
+                    self._is_torn = False
+                    return
             with self._turn, self._lock:
                 self._mend()
-        with self._lock:
-            self._is_torn = True
-            if self._breakdown is not None:
-                work.fail(self._breakdown)
-            work.pending.driver = work
-            self._works[work.number] = work
-            self._lanes[work.pending.ahead].append(work)
-            self._feed()
-            self._end_if_done(work)
-            self._is_torn = False
 
     def _advance(self, work: _Work, *, may_wait: bool) -> None:
         """Take results once, after waiting for as many as `work` needs. By the thread whose turn it is."""
@@ -228,24 +234,25 @@ class QueueReader:
         if not n:
             return
         tags, results = self._queue.take(n)
-        requests = tags & _REQUEST_MASK
-        if len(self._works) == 1:
-            self._settle(next(iter(self._works.values())), requests, results)
-            return
-        numbers = tags >> _TAG_BITS
-        for number in np.unique(numbers).tolist():
-            mine = numbers == number
-            self._settle(self._works[number], requests[mine], results[mine])
+        for work in list(self._works.values()):
+            if work.n_in_flight:
+                n -= self._settle(work, tags, results)
+            if not n:
+                return
 
-    def _settle(self, work: _Work, requests: I64, results: I64) -> None:
-        wanted = work.plan.nbytes[requests]
-        work.n_in_flight -= len(requests)
-        work.bytes_read += int(wanted.sum())
-        is_odd = results != wanted
-        if is_odd.any():
-            for k in np.flatnonzero(is_odd).tolist():
-                self._repair(work, int(requests[k]), int(results[k]))
+    def _settle(self, work: _Work, tags: I64, results: I64) -> int:
+        """Take from results what belongs to `work`; returns how many."""
+        nbytes = work.plan.nbytes
+        n, wanted_bytes, are_whole = self._steps.settle(tags, results, work.number, nbytes)
+        work.n_in_flight -= n
+        work.bytes_read += wanted_bytes
+        if not are_whole:
+            mine = tags >> TAG_BITS == work.number
+            requests, got = tags[mine] & REQUEST_MASK, results[mine]
+            for k in np.flatnonzero(got != nbytes[requests]).tolist():
+                self._repair(work, int(requests[k]), int(got[k]))
         self._end_if_done(work)
+        return n
 
     def _repair(self, work: _Work, i: int, result: int) -> None:
         """Carry out a request anew that came back incomplete; any other failure is the batch's."""
@@ -271,7 +278,7 @@ class QueueReader:
     def _push(self, work: _Work) -> bool:
         """Push what fits of a batch; False where the kernel took nothing for now."""
         start = work.n_pushed
-        stop = min(start + self._depth - self._n_in_flight, len(work.plan))
+        stop = min(start + self._depth - self._n_in_flight, work.n_planned)
         if self._n_in_flight == 0:
             stop = min(stop, start + _FIRST_PUSH)
         try:
@@ -298,7 +305,7 @@ class QueueReader:
     def _end_if_done(self, work: _Work) -> None:
         if work.is_fed and not work.n_in_flight and not work.pending.has_ended:
             self._works.pop(work.number, None)
-            if work.n_pushed < len(work.plan):  # a cancelled one has no error yet
+            if work.n_pushed < work.n_planned:  # a cancelled one has no error yet
                 work.fail(closed_reader(self.file))
             work.finish()
 

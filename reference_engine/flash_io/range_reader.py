@@ -9,6 +9,7 @@ import _thread
 import errno
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,12 +18,14 @@ import numpy.typing as npt
 
 from flashfmt.errors import FlashReadError
 from reference_engine.flash_io.aligned_memory import aligned_empty
+from reference_engine.flash_io.batch_steps import BatchSteps, PlainSteps, PlanLimits
 from reference_engine.flash_io.io_counters import IoCounters, IoTally
 from reference_engine.flash_io.open_file import OpenFile
-from reference_engine.flash_io.request_plan import I64, RequestPlan, plan_requests
+from reference_engine.flash_io.request_plan import I64, RequestPlan
 
 MAX_SEGMENTS = 1024  # IOV_MAX of Linux and macOS
 Buffer = npt.NDArray[np.uint8]
+_BYTE = np.dtype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,52 +174,47 @@ class Pending:
 class BatchMaker:
     """Turns the arguments of ``submit`` into a batch: checks them and plans the requests."""
 
-    def __init__(self, file: OpenFile, tuning: IoTuning) -> None:
+    def __init__(
+        self, file: OpenFile, tuning: IoTuning, make_steps: Callable[[PlanLimits], BatchSteps] = PlainSteps
+    ) -> None:
         if tuning.max_request_bytes % file.alignment or tuning.gap_bytes % file.alignment or tuning.depth < 1:
             raise ValueError(f"{tuning} does not suit a file with an alignment of {file.alignment}")
         self._file = file
-        self._tuning = tuning
         self._scratch = aligned_empty(tuning.gap_bytes)
-        self._scratch_address = self._scratch.ctypes.data
         self.tally = IoTally()
+        limits = PlanLimits(
+            file.alignment, tuning.gap_bytes, tuning.max_request_bytes, MAX_SEGMENTS, self._scratch.ctypes.data
+        )
+        self.steps = make_steps(limits)
 
     def batch(self, offsets: I64, nbytes: I64 | int, buffer: Buffer, positions: I64, *, ahead: bool) -> Pending:
         """A batch that nothing was read of yet; raises ValueError as ``RangeReader.submit`` says."""
-        if buffer.dtype != np.uint8 or not buffer.flags.c_contiguous or not buffer.flags.writeable:
+        flags = buffer.flags
+        if buffer.dtype != _BYTE or not flags.c_contiguous or not flags.writeable:
             raise ValueError("a buffer must be writable, C-contiguous uint8")
-        offsets = np.ascontiguousarray(offsets, np.int64)
-        positions = np.ascontiguousarray(positions, np.int64)
+        offsets = np.array(offsets, np.int64)
         sizes = np.empty_like(offsets)
         sizes[...] = nbytes
+        positions = np.array(positions, np.int64)
         if offsets.ndim != 1 or positions.shape != offsets.shape:
             raise ValueError(f"offsets {offsets.shape} and positions {positions.shape} must be of one length")
-        addresses = positions + buffer.ctypes.data
-        if len(offsets):
-            self._check(offsets, sizes, positions, addresses, buffer.nbytes)
-        plan = plan_requests(
-            offsets,
-            sizes,
-            addresses,
-            gap_bytes=self._tuning.gap_bytes,
-            max_request_bytes=self._tuning.max_request_bytes,
-            max_segments=MAX_SEGMENTS,
-            scratch_address=self._scratch_address,
-        )
+        plan = self.steps.plan(offsets, sizes, positions, buffer.reshape(-1))
+        if plan is None:
+            raise self._fault(offsets, sizes, positions, buffer)
         return Pending(plan, keep=(buffer, self._scratch), ahead=ahead, tally=self.tally)
 
-    def _check(self, offsets: I64, sizes: I64, positions: I64, addresses: I64, buffer_nbytes: int) -> None:
+    def _fault(self, offsets: I64, sizes: I64, positions: I64, buffer: Buffer) -> ValueError:
+        """What is wrong with ranges that cannot be planned."""
         if sizes.min() <= 0 or offsets[0] < 0 or (offsets[1:] < (offsets + sizes)[:-1]).any():
-            raise ValueError("ranges must be sorted, must not overlap, and must not be empty")
-        if positions.min() < 0 or (positions + sizes).max() > buffer_nbytes:
-            raise ValueError(f"a slot lies outside the buffer of {buffer_nbytes} bytes")
-        alignment = self._file.alignment  # a power of two
-        misaligned = ((offsets | sizes | addresses) & (alignment - 1)).nonzero()[0]
-        if misaligned.size:
-            i = misaligned[0]
-            raise ValueError(
-                f"misaligned read of {sizes[i]} bytes at {offsets[i]} to position {positions[i]}: "
-                f"{self._file.path} needs multiples of {alignment}"
-            )
+            return ValueError("ranges must be sorted, must not overlap, and must not be empty")
+        if positions.min() < 0 or (positions + sizes).max() > buffer.nbytes:
+            return ValueError(f"a slot lies outside the buffer of {buffer.nbytes} bytes")
+        alignment = self._file.alignment
+        i = ((offsets | sizes | positions + buffer.ctypes.data) & (alignment - 1)).nonzero()[0][0]
+        return ValueError(
+            f"misaligned read of {sizes[i]} bytes at {offsets[i]} to position {positions[i]}: "
+            f"{self._file.path} needs multiples of {alignment}"
+        )
 
 
 def read_failure(file: OpenFile, offset: int, nbytes: int, got: int, number: int) -> FlashReadError:

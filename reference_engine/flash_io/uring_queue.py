@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from reference_engine.flash_io import linux_syscalls
 from reference_engine.flash_io.kernel_queue import ENTRY_BYTES, TRANSIENT, Entries, fill_entries
 from reference_engine.flash_io.request_plan import I64, RequestPlan
 
-_SQE: Final = np.dtype(
+SQE: Final = np.dtype(
     {
         "names": ["opcode", "fd", "offset", "address", "nbytes", "tag"],
         "formats": ["u1", "<i4", "<u8", "<u8", "<u4", "<u8"],
@@ -32,7 +32,7 @@ _SQE: Final = np.dtype(
 )
 _SQE_WORDS: Final = ENTRY_BYTES // 8
 _CQE: Final = np.dtype([("tag", "<u8"), ("result", "<i4"), ("flags", "<u4")])
-_READV, _READ = 1, 22
+READV, READ = 1, 22
 _ENTER_GETEVENTS: Final = 1
 _MAP_SQES: Final = 0x10000000
 
@@ -43,6 +43,17 @@ _FEATURES: Final = 1 << 0 | 1 << 1 | 1 << 3  # SINGLE_MMAP, NODROP, RW_CUR_POS (
 # Words of struct io_uring_params, and of the offset tables in it.
 _N_PARAMS, _SQ_ENTRIES, _CQ_ENTRIES, _FLAGS, _FEATURE_BITS, _SQ_OFFSETS, _CQ_OFFSETS = 30, 0, 1, 2, 5, 10, 20
 _HEAD, _TAIL, _SQ_ARRAY, _CQES = 0, 1, 6, 5
+
+
+class RingAddresses(NamedTuple):
+    """Where the rings lie in memory, and how many entries they have. Valid until the queue is closed."""
+
+    sqes: int
+    sq_tail: int
+    cqes: int
+    cq_head: int
+    n_sqes: int
+    n_cqes: int
 
 
 class UringQueue:
@@ -91,24 +102,26 @@ class UringQueue:
         places = rings[sq[_SQ_ARRAY] : sq[_SQ_ARRAY] + 4 * n_sq].view(np.uint32)
         places[:] = np.arange(n_sq)  # entry i of the ring is submission i, for good
         self.depth = n_sq
+        start = rings.ctypes.data
+        self._addresses = RingAddresses(
+            sqes=self._sqes.ctypes.data,
+            sq_tail=start + sq[_TAIL],
+            cqes=self._cqes.ctypes.data,
+            cq_head=start + cq[_HEAD],
+            n_sqes=n_sq,
+            n_cqes=n_cq,
+        )
 
     def prepare(self, plan: RequestPlan, first_tag: int) -> Entries:
         """Submission entries; see `KernelQueue.prepare`."""
-        entries = np.zeros(len(plan), _SQE)
-        fill_entries(entries, plan, first_tag, fd=self._fd, read_opcode=_READ, readv_opcode=_READV)
+        entries = np.zeros(len(plan), SQE)
+        fill_entries(entries, plan, first_tag, fd=self._fd, read_opcode=READ, readv_opcode=READV)
         return entries
 
     def push(self, entries: Entries, start: int, stop: int) -> int:
         """Begin requests; see `KernelQueue.push`."""
-        words = entries.view(np.uint64).reshape(-1, _SQE_WORDS)[start:stop]
-        n = len(words)
-        tail = self._sq_tail[0]
-        place = tail & (self.depth - 1)
-        n_to_end = min(n, self.depth - place)
-        self._sqes[place : place + n_to_end] = words[:n_to_end]
-        if n_to_end < n:
-            self._sqes[: n - n_to_end] = words[n_to_end:]
-        self._sq_tail[0] = (tail + n) & 0xFFFFFFFF
+        n = stop - start
+        tail = self._place(entries, start, stop)
         result = linux_syscalls.io_uring_enter(self._ring_fd, n, 0, 0)
         taken = (self._sq_head[0] - tail) & 0xFFFFFFFF
         if taken < n:
@@ -149,3 +162,16 @@ class UringQueue:
         """Close and unmap the ring; nothing is in flight."""
         del self._sqes, self._cqes, self._sq_head, self._sq_tail, self._cq_head, self._cq_tail
         os.close(self._ring_fd)
+
+    def _place(self, entries: Entries, start: int, stop: int) -> int:
+        """Put entries on the submission ring; returns its tail before."""
+        words = entries.view(np.uint64).reshape(-1, _SQE_WORDS)[start:stop]
+        n = len(words)
+        tail = self._sq_tail[0]
+        place = tail & (self.depth - 1)
+        n_to_end = min(n, self.depth - place)
+        self._sqes[place : place + n_to_end] = words[:n_to_end]
+        if n_to_end < n:
+            self._sqes[: n - n_to_end] = words[n_to_end:]
+        self._sq_tail[0] = (tail + n) & 0xFFFFFFFF
+        return tail

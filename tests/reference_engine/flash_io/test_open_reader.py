@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -151,3 +153,17 @@ def test_no_descriptor_is_left_open_by_a_failure(path):
     reader = open_reader(path)
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_compiled_functions_are_taken_where_numba_is_loaded(path, loaded):
+    code = (
+        f"import sys, pathlib; {'import numba;' if loaded else ''} from reference_engine.flash_io import open_reader;"
+        f"open_reader(pathlib.Path({str(path)!r}), backend='uring').close();"
+        "print('reference_engine.flash_io.numba_queue' in sys.modules, 'numba' in sys.modules)"
+    )
+    needs_direct(path)
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if "FlashReadError" in shown.stderr:
+        pytest.skip("io_uring does not work here")
+    assert shown.stdout.split() == [str(loaded)] * 2, shown.stderr

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from flashfmt.errors import FlashReadError
 from reference_engine.flash_io import IoTuning, aligned_empty, open_reader
 from reference_engine.flash_io.aio_queue import AioQueue
+from reference_engine.flash_io.numba_queue import CompiledAioQueue, CompiledUringQueue
 from reference_engine.flash_io.uring_queue import UringQueue
 
 UNIT = 4096
@@ -67,7 +68,7 @@ def check(content, buffer, offsets, sizes, positions):
 
 @pytest.fixture(scope="class")
 def reader(request, path):
-    reader = open_reader(path, backend=request.cls.backend, tuning=TUNING)
+    reader = open_reader(path, backend=request.cls.backend, tuning=TUNING, compiled=request.cls.compiled)
     yield reader
     reader.close()
 
@@ -78,12 +79,13 @@ def blank(n_units):
     return buffer
 
 
-@pytest.fixture(scope="module", params=["uring", "aio", "pread", "mmap"])
+@pytest.fixture(scope="module", params=["uring", "compiled uring", "aio", "compiled aio", "pread", "mmap"])
 def any_reader(request, path):
+    name, compiled = request.param.removeprefix("compiled "), request.param.startswith("compiled")
     try:
-        reader = open_reader(path, backend=request.param, tuning=TUNING)
+        reader = open_reader(path, backend=name, tuning=TUNING, compiled=compiled)
     except FlashReadError as error:
-        pytest.skip(f"{request.param} does not work here: {error}")
+        pytest.skip(f"{name} does not work here: {error}")
     yield reader
     reader.close()
 
@@ -98,13 +100,14 @@ def test_ranges_land_in_their_slots_and_nothing_else_is_touched(any_reader, cont
 
 class RangeReaderContract:
     backend: str
+    compiled = False
 
     @pytest.fixture
     def make(self):
         readers = []
 
         def make(path, tuning=TUNING):
-            readers.append(open_reader(path, backend=self.backend, tuning=tuning))
+            readers.append(open_reader(path, backend=self.backend, tuning=tuning, compiled=self.compiled))
             return readers[-1]
 
         yield make
@@ -516,7 +519,8 @@ class QueueContract(RangeReaderContract, FaultContract):
 
     def test_a_dropped_reader_ends_its_reads_and_closes_its_file(self, path):
         before = len(os.listdir("/proc/self/fd"))
-        reader, buffer = open_reader(path, backend=self.backend, tuning=SEPARATE), blank(200)
+        reader = open_reader(path, backend=self.backend, tuning=SEPARATE, compiled=self.compiled)
+        buffer = blank(200)
         pending = read(reader, buffer, range(0, 400, 2), [1] * 200, range(200))
         del reader, pending
         gc.collect()
@@ -608,3 +612,19 @@ class TestAio(QueueContract):
     queue = AioQueue
     calls = ("io_submit", "io_getevents")
     line_step = 9  # ending a context takes a tenth of a second
+
+
+class TestCompiledUring(QueueContract):
+    backend = "uring"
+    compiled = True
+    queue = CompiledUringQueue
+    calls = ("io_uring_enter",)
+    line_step = 1
+
+
+class TestCompiledAio(QueueContract):
+    backend = "aio"
+    compiled = True
+    queue = CompiledAioQueue
+    calls = ("io_submit", "io_getevents")
+    line_step = 9
