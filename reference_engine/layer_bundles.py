@@ -29,7 +29,7 @@ GROUP_BUNDLES: Final = 256  # what arrives together is computed together, while 
 Slots = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Costs:
     """Seconds spent waiting for reads, comparing checksums, and keeping window and cache; requests and bytes read."""
 
@@ -124,28 +124,29 @@ class LayerBundles:
 
     def _begin(self, step: WindowStep, slots: Slots, upkeep_seconds: float, *, ahead: bool) -> Fetch:
         """Begin to read what a step misses to its slots."""
-        groups: list[_Group] = []
-        fetch = Fetch(self, step.hits, step.missing, len(step.evicted), groups)
+        missing, groups = step.missing, list[_Group]()
+        fetch = Fetch(self, step.hits, missing, len(step.evicted), groups)
+        costs = fetch.costs
+        costs.upkeep_seconds = upkeep_seconds
         try:
-            for first in range(0, len(step.missing), GROUP_BUNDLES):
-                ids, targets = step.missing[first : first + GROUP_BUNDLES], slots[first : first + GROUP_BUNDLES]
-                groups.append(_Group(ids, targets, self._submit(ids, targets, ahead=ahead)))
+            for first in range(0, len(missing), GROUP_BUNDLES):
+                ids, places = missing[first : first + GROUP_BUNDLES], slots[first : first + GROUP_BUNDLES]
+                groups.append(_Group(ids, places, self._submit(ids, places, ahead=ahead)))
+                plan = groups[-1].pending.plan
+                costs.n_requests += len(plan)
+                costs.bytes_read += int(plan.nbytes.sum())
         except BaseException:
             fetch.finish(cancel=True)
-            self._forget(step.missing[len(groups) * GROUP_BUNDLES :])
+            self._forget(missing[len(groups) * GROUP_BUNDLES :])
             raise
-        plans = [group.pending.plan for group in groups]
-        fetch.costs = Costs(
-            upkeep_seconds=upkeep_seconds,
-            n_requests=sum(len(plan) for plan in plans),
-            bytes_read=sum(int(plan.nbytes.sum()) for plan in plans),
-        )
         return fetch
 
     def _submit(self, ids: Ids, slots: Slots, *, ahead: bool) -> Pending:
         stride = self.info.geometry.stride
-        offsets = ids.astype(np.int64) * stride + self.info.extent.offset
-        return self._reader.submit(offsets, stride, self.cache.rows, slots.astype(np.int64) * stride, ahead=ahead)
+        offsets = np.multiply(ids, stride, dtype=np.int64)
+        offsets += self.info.extent.offset
+        positions = np.multiply(slots, stride, dtype=np.int64)
+        return self._reader.submit(offsets, stride, self.cache.rows, positions, ahead=ahead)
 
     def _forget(self, ids: Ids) -> None:
         """No longer hold neurons whose bundles did not come. No read of this layer may be under way."""
@@ -158,6 +159,8 @@ class LayerBundles:
         if self._verify == "never":
             return {}
         places = np.arange(len(ids)) if self._verify == "always" else np.flatnonzero(~self._is_verified[ids])
+        if not len(places):
+            return {}
         wrong: dict[int, ChecksumError] = {}
         for place in places.tolist():
             error = bundle_mismatch(self.info, int(ids[place]), self.cache.rows[slots[place]], self._checksums)
@@ -222,6 +225,8 @@ class Fetch:
         cancel : give up reads that were not begun, rather than wait for them.
         lost : to be rolled back as well.
         """
+        if self._n_ended == len(self._groups) and lost is None:
+            return
         waiting, self._n_ended = self._groups[self._n_ended :], len(self._groups)
         if cancel:
             for group in waiting:
@@ -237,17 +242,16 @@ class Fetch:
         """Wait for a group and check it; returns what went wrong, and the neurons that are not there."""
         began = time.perf_counter()
         failures: list[FlashError] = []
-        lost = group.ids[:0]
         try:
             group.pending.wait()
         except FlashReadError as error:
             failures.append(self._layer._read_error(error, group.ids))
         arrived = time.perf_counter()
+        self.costs.wait_seconds += arrived - began
         if failures or group.pending.is_cancelled:
-            lost = group.ids
-        else:
-            wrong = self._layer._mismatches(group.ids, group.slots)
-            failures.extend(wrong.values())
-            lost = group.ids[list(wrong)]
-        self.costs += Costs(wait_seconds=arrived - began, check_seconds=time.perf_counter() - arrived)
-        return failures, lost
+            return failures, group.ids
+        wrong = self._layer._mismatches(group.ids, group.slots)
+        self.costs.check_seconds += time.perf_counter() - arrived
+        if not wrong:
+            return failures, group.ids[:0]
+        return [*wrong.values()], group.ids[list(wrong)]
