@@ -12,7 +12,7 @@ Knows: activations and active sets in pieces. Does not know: where they come fro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, cast
 
@@ -142,7 +142,15 @@ class CutCurve:
         return float(recall), float(self._all[first:].sum() / max(n_all, 1))
 
 
-def cut_curve(fit: LowRankFit, data: TrainingData) -> CutCurve:
+class GivesLogits(Protocol):
+    """Something that tells active neurons from others by logits."""
+
+    def logits(self, z: F32) -> F32:
+        """float32 [n_tokens, n_neurons]."""
+        ...
+
+
+def cut_curve(fit: GivesLogits, data: TrainingData) -> CutCurve:
     """Curve of a fit over all pieces."""
     curve = CutCurve()
     for index in range(data.n_pieces):
@@ -171,7 +179,10 @@ class Fitter(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RankChoice:
-    """A fit with its curve on validation text; `cost_bytes` is what a token reads with it at the recall asked for."""
+    """A fit with its curve on validation text, weighed if it was asked for.
+
+    `cost_bytes` is what a token reads with it at the recall asked for.
+    """
 
     fit: LowRankFit
     curve: CutCurve
@@ -187,6 +198,7 @@ def choose_rank(
     bundle_stride: int,
     options: TrainingOptions,
     fitter: Fitter,
+    weigh: Callable[[LowRankFit], GivesLogits] | None = None,
 ) -> RankChoice:
     """Fit ranks in ascending order for as long as a higher one pays, and return the best.
 
@@ -197,6 +209,7 @@ def choose_rank(
     recall : at which the predicted share counts.
     bundle_stride : bytes of one bundle.
     fitter : how to fit.
+    weigh : gives the logits that are cut in place of a fit's own.
 
     Raises
     ------
@@ -209,7 +222,7 @@ def choose_rank(
     best: RankChoice | None = None
     for rank in sorted(ranks):
         fit = fits.fit(rank).rounded()
-        curve = cut_curve(fit, validation)
+        curve = cut_curve(weigh(fit) if weigh is not None else fit, validation)
         n_neurons, d_model = len(fit.up), fit.down.shape[1]
         _, predicted = curve.at(curve.cut_for_recall(recall))
         cost = 2.0 * rank * (n_neurons + d_model) + predicted * n_neurons * bundle_stride

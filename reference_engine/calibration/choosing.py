@@ -12,12 +12,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from flashfmt import FlashModel
 from flashfmt.encodings import QUANTISED_ROW_MULTIPLE, Encoding
 from flashfmt.manifest import InputTap
 from reference_engine.backends import Backend
 from reference_engine.calibration.options import RANKS, CalibrationOptions
 from reference_engine.calibration.scratch import Scratch, Section
 from reference_engine.fitted_predictor import FittedPredictor
+from reference_engine.neuron_weights import NeuronWeights, WeighedFit
 from reference_engine.observation import Cut, ObservedModel
 from reference_engine.operating_points import OperatingPoint, Tally
 from reference_engine.predictor_training import CutCurve, LowRankFit, TrainingOptions, choose_rank, cut_curve
@@ -26,6 +28,7 @@ from reference_engine.value_cuts import ValueSample, natural_cut
 
 RECALLS: Final = tuple(round(1 - 0.5 * 0.8**i, 5) for i in range(31))  # 0.5 to 0.9994
 SHARES: Final = tuple(round(0.05 * i, 2) for i in range(2, 20))
+_BLOCK_NEURONS: Final = 1024
 _RANKING_RECALL: Final = 0.95  # at which ranks are compared where the target is perplexity
 
 
@@ -47,8 +50,10 @@ def fit_layers(
     sections: Callable[[int], tuple[Section, Section]],
     options: CalibrationOptions,
     progress: Callable[[int], None],
-) -> list[tuple[LowRankFit, CutCurve]]:
+) -> list[tuple[WeighedFit, CutCurve]]:
     """Fit a low-rank predictor for each layer, or take up those that an interrupted run has fitted.
+
+    Neurons are weighed by what they add to the layer's output on training text.
 
     Parameters
     ----------
@@ -63,6 +68,7 @@ def fit_layers(
     fitted = []
     for layer, info in enumerate(model.model.layers):
         train, validation = sections(layer)
+        weights = neuron_weights(model.model, train)
         name = f"fit-{layer}"
         if scratch.done(name) is None:
             stride = info.geometry.stride
@@ -74,27 +80,44 @@ def fit_layers(
                 bundle_stride=stride,
                 options=training,
                 fitter=load_fitter(options.fit),
+                weigh=weights.apply,
             )
             fit, curve = choice.fit, choice.curve
             scratch.save_arrays(name, {"down": fit.down, "up": fit.up, "bias": fit.bias})
             scratch.finish(name)
         else:
             fit = LowRankFit(**scratch.load_arrays(name))
-            curve = cut_curve(fit, validation)
-        fitted.append((fit, curve))
+            curve = cut_curve(weights.apply(fit), validation)
+        fitted.append((weights.apply(fit), curve))
         progress(1)
     return fitted
 
 
+def neuron_weights(model: FlashModel, section: Section) -> NeuronWeights:
+    """What the neurons of a recorded layer are worth."""
+    bundles, d_ff = model.bundles(section.layer), model.decoder.ffn.d_ff
+    norms = np.concatenate(
+        [
+            np.linalg.norm(bundles.decode(range(first, min(first + _BLOCK_NEURONS, d_ff)))[:, -1], axis=1)
+            for first in range(0, d_ff, _BLOCK_NEURONS)
+        ]
+    )
+    n_active = np.zeros(d_ff, np.int64)
+    for index in range(section.n_pieces):
+        n_active += section.piece(index)[1].sum(axis=0)
+    return NeuronWeights.of(n_active, section.sizes() * norms, section.n_tokens)
+
+
 def choose_low_rank(
-    fitted: Sequence[tuple[LowRankFit, CutCurve]], taps: Sequence[InputTap], options: CalibrationOptions, cost: Costs
+    fitted: Sequence[tuple[WeighedFit, CutCurve]], taps: Sequence[InputTap], options: CalibrationOptions, cost: Costs
 ) -> Choice:
     """Cut the logits of every layer for a recall: the one asked for, or the least that keeps the perplexity."""
 
     def candidate(recall: float) -> tuple[FittedPredictor, ...]:
+        cuts = [curve.cut_for_recall(recall) for _, curve in fitted]
         return tuple(
-            FittedPredictor.low_rank(layer, taps[layer], fit, curve.cut_for_recall(recall), options.encoding)
-            for layer, (fit, curve) in enumerate(fitted)
+            FittedPredictor.low_rank(layer, taps[layer], fit.at_cut(cut), cut, options.encoding)
+            for layer, ((fit, _), cut) in enumerate(zip(fitted, cuts, strict=True))
         )
 
     if options.target.metric == "recall":

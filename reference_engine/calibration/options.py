@@ -24,8 +24,9 @@ _TARGET: Final = re.compile(r"(recall|perplexity)=(\d*\.?\d+)(%?)")
 class Target:
     """What a predictor must reach on validation text.
 
-    ``recall``: this share of the active neurons of every layer. ``perplexity``: at most this relative loss, with as few
-    neurons as that allows; with a margin, so that held-out text keeps it with 95 % confidence.
+    ``recall``: this share of the active neurons of every layer, each counting as one; which ones are missed goes by
+    what they add (`reference_engine.neuron_weights`). ``perplexity``: at most this relative loss, with as few neurons as
+    that allows; with a margin, so that held-out text keeps it with 95 % confidence.
     """
 
     metric: Literal["recall", "perplexity"] = "recall"

@@ -1,4 +1,4 @@
-"""Writing down what happens in a model: inputs of the FFNs and which neurons are active, into a scratch store.
+"""Writing down what happens in a model: inputs of FFNs, active neurons and their sizes, into a scratch store.
 
 Knows: observers. Does not know: what the records are for.
 """
@@ -19,13 +19,13 @@ F32 = npt.NDArray[np.float32]
 
 
 class ActivityRecorder:
-    """An observer that writes the tapped activation and the active set of every layer.
+    """An observer that writes the tapped activation, the active sets and sums of |h| of every layer.
 
     Parameters
     ----------
     point : which activation is recorded.
     cuts : by layer: what counts as active.
-    first_token : place in the store of the next token that comes.
+    first_token : place in the store of the next token that comes; tokens come in the store's chunks.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class ActivityRecorder:
         self._activation = activation
         self._first = first_token
         self._active = np.zeros((0, scratch.d_ff), np.bool_)
+        self._sizes = np.zeros(scratch.d_ff, np.float32)
 
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
         """Record the activation, if it is the one asked for."""
@@ -51,11 +52,12 @@ class ActivityRecorder:
         """Take up the active ones; all of them are computed with."""
         if len(self._active) != len(tested):
             self._active = np.zeros((len(tested), self._scratch.d_ff), np.bool_)
+        self._sizes[neurons] = np.abs(h).sum(axis=0)
         self._active[:, neurons] = self._cuts[layer].passes(tested, h, self._activation)
 
     def end(self, layer: int) -> None:
-        """Write the active sets; after the last layer go on to the next tokens."""
-        self._scratch.write(layer, self._first, active=self._active)
+        """Write active sets and sums; after the last layer go on to the next tokens."""
+        self._scratch.write(layer, self._first, active=self._active, sizes=self._sizes)
         if layer == len(self._cuts) - 1:
             self._first += len(self._active)
 

@@ -2,7 +2,8 @@
 
 `layers/{l}/inputs` float16 [n_tokens, d_model] and `layers/{l}/active` uint8 [n_tokens, ceil(d_ff / 8)] (neuron i is
 bit ``7 - i % 8`` of byte ``i // 8``), in chunks of a few tokens that are written as they come, so that memory does not
-grow with the text. The journal says what is complete; what it does not name is done again.
+grow with the text; `layers/{l}/sizes` float32 [n_chunks, d_ff], the sum of each neuron's ``|h|`` over a chunk. The
+journal says what is complete; what it does not name is done again.
 
 Knows: arrays of tokens by layer, and names of finished steps. Does not know: what they mean.
 """
@@ -25,6 +26,7 @@ from flashfmt.errors import FlashWriteError
 from reference_engine.calibration.division import Ranges
 
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 _JOURNAL: Final = "journal.json"
@@ -61,17 +63,22 @@ class Scratch:
             if not self.resumed:
                 self._start(fingerprint)
             group = zarr.open_group(LocalStore(path / _STORE), mode="a")
-            shapes = {"inputs": (d_model, np.float16), "active": (-(-d_ff // 8), np.uint8)}
+            n_chunks = -(-n_tokens // chunk_tokens)
+            shapes = {
+                "inputs": (n_tokens, d_model, chunk_tokens, np.float16),
+                "active": (n_tokens, -(-d_ff // 8), chunk_tokens, np.uint8),
+                "sizes": (n_chunks, d_ff, 1, np.float32),
+            }
             self._arrays = {
                 (layer, name): group.require_array(
                     f"layers/{layer}/{name}",
-                    shape=(n_tokens, width),
+                    shape=(length, width),
                     dtype=dtype,
-                    chunks=(chunk_tokens, width),
+                    chunks=(chunk, width),
                     compressors=None,
                 )
                 for layer in range(n_layers)
-                for name, (width, dtype) in shapes.items()
+                for name, (length, width, chunk, dtype) in shapes.items()
             }
         except OSError as error:
             raise FlashWriteError(f"cannot keep recorded activations: {error}", path=path) from error
@@ -91,14 +98,24 @@ class Scratch:
         except OSError as error:
             raise FlashWriteError(f"cannot keep the journal: {error}", path=draft) from error
 
-    def write(self, layer: int, first: int, *, inputs: F32 | None = None, active: Mask | None = None) -> None:
-        """Store values of tokens from `first` on, a multiple of the chunk: [n, d_model] or [n, d_ff]."""
+    def write(
+        self,
+        layer: int,
+        first: int,
+        *,
+        inputs: F32 | None = None,
+        active: Mask | None = None,
+        sizes: F32 | None = None,
+    ) -> None:
+        """Store values of tokens from `first` on, a multiple of the chunk: [n, d_model], [n, d_ff] or sums [d_ff]."""
         try:
             if inputs is not None:
                 half = np.clip(inputs, -_F16_LIMIT, _F16_LIMIT).astype(np.float16)
                 self._arrays[layer, "inputs"][first : first + len(half)] = half
             if active is not None:
                 self._arrays[layer, "active"][first : first + len(active)] = np.packbits(active, axis=1)
+            if sizes is not None:
+                self._arrays[layer, "sizes"][first // self.chunk_tokens] = sizes
         except OSError as error:
             raise FlashWriteError(f"cannot keep recorded activations: {error}", path=self.path) from error
 
@@ -110,6 +127,12 @@ class Scratch:
         """bool [last - first, d_ff], a copy."""
         packed = np.asarray(self._arrays[layer, "active"][first:last])
         return np.unpackbits(packed, axis=1, count=self.d_ff).view(np.bool_)
+
+    def sizes(self, layer: int, first: int, last: int) -> F64:
+        """Sums of |h| over some tokens, float64 [d_ff]; whole chunks, the text's last one excepted."""
+        chunks = slice(first // self.chunk_tokens, -(-last // self.chunk_tokens))
+        sums: F64 = np.asarray(self._arrays[layer, "sizes"][chunks], np.float64).sum(axis=0)
+        return sums
 
     def stored(
         self, tap_layer: int, layer: int, first: int, last: int
@@ -180,6 +203,11 @@ class Section:
         self._pieces = [(at, min(at + chunk, last)) for first, last in ranges for at in range(first, last, chunk)]
 
     @property
+    def layer(self) -> int:
+        """Whose active sets these are."""
+        return self._layer
+
+    @property
     def n_tokens(self) -> int:
         """Tokens in all."""
         return sum(last - first for first, last in self._pieces)
@@ -193,6 +221,11 @@ class Section:
         """(inputs float32 [n, d_model], active bool [n, d_ff]) of one chunk."""
         first, last = self._pieces[index]
         return self._scratch.inputs(self._tap_layer, first, last), self._scratch.active(self._layer, first, last)
+
+    def sizes(self) -> F64:
+        """Sums of |h| over all tokens, float64 [d_ff]; ranges begin and end with chunks."""
+        sums: F64 = np.sum([self._scratch.sizes(self._layer, *bounds) for bounds in self._ranges], axis=0)
+        return sums
 
     def in_memory(self, limit: int = 1 << 29) -> Section | HeldSection:
         """The same as it lies on disk, read once and held, if that takes at most `limit` bytes; else itself."""

@@ -34,13 +34,13 @@ def calibrated(tiny_flash, text, tmp_path_factory):
     return path, calibrate(tiny_flash("opt"), [text], path, options=options, engine=ENGINE, keep_scratch=True)
 
 
-def oracle_activity(oracle, ids, window):
-    """Which neurons of each layer are not zero, by transformers: bool [n_layers, n_tokens, d_ff]."""
+def oracle_activations(oracle, ids, window):
+    """Values of the neurons of each layer, by transformers: float32 [n_layers, n_tokens, d_ff]."""
     torch = pytest.importorskip("torch")
     layers = oracle.model.decoder.layers
     seen = [[] for _ in layers]
     hooks = [
-        layer.activation_fn.register_forward_hook(lambda m, i, out, at=at: seen[at].append(out.detach() != 0))
+        layer.activation_fn.register_forward_hook(lambda m, i, out, at=at: seen[at].append(out.detach()))
         for at, layer in enumerate(layers)
         if isinstance(layer.activation_fn, torch.nn.Module)
     ]
@@ -50,6 +50,15 @@ def oracle_activity(oracle, ids, window):
     for hook in hooks:
         hook.remove()
     return np.stack([torch.cat([a.reshape(-1, a.shape[-1]) for a in layer]).numpy() for layer in seen])
+
+
+def kept_scratch(path):
+    """What the calibration of the fixture has recorded."""
+    store = path.with_name(path.name + ".calibration")
+    fingerprint = json.loads((store / "journal.json").read_text())["fingerprint"]
+    scratch = Scratch(store, fingerprint, n_layers=2, n_tokens=2560, d_model=64, d_ff=128, chunk_tokens=128)
+    assert scratch.resumed
+    return scratch
 
 
 def test_the_file_says_what_the_report_says(calibrated):
@@ -88,8 +97,11 @@ def test_what_is_recorded_is_what_transformers_computes(calibrated, tiny_checkpo
         ids = read_texts([text], load_tokenizer(model)).token_ids[:2560]
         frequencies = [model.statistics(layer)["firing_frequency"] for layer in range(2)]
         curves = [model.statistics(layer)["aggregated_window"] for layer in range(2)]
-    expected = oracle_activity(tiny_checkpoint("opt")[1], ids, 128)[:, 1920:]
+    h = oracle_activations(tiny_checkpoint("opt")[1], ids, 128)
+    expected = h[:, 1920:] != 0
+    scratch = kept_scratch(path)
     for layer in range(2):
+        np.testing.assert_allclose(scratch.sizes(layer, 0, 1920), np.abs(h[layer, :1920]).sum(axis=0), rtol=1e-3)
         np.testing.assert_allclose(frequencies[layer], expected[layer].mean(axis=0), atol=2e-3)
         assert curves[layer][0] == pytest.approx(expected[layer].mean(), abs=1e-3)
         union = [(expected[layer][t - 3 : t + 1]).any(axis=0).mean() for t in range(3, 640)]
@@ -99,10 +111,7 @@ def test_what_is_recorded_is_what_transformers_computes(calibrated, tiny_checkpo
 def test_measured_figures_follow_from_the_stored_arrays(calibrated):
     """Sigmoid, threshold and counts in plain float64, on what the scratch store holds."""
     path, report = calibrated
-    store = path.with_name(path.name + ".calibration")
-    fingerprint = json.loads((store / "journal.json").read_text())["fingerprint"]
-    scratch = Scratch(store, fingerprint, n_layers=2, n_tokens=2560, d_model=64, d_ff=128, chunk_tokens=128)
-    assert scratch.resumed
+    scratch = kept_scratch(path)
     with flashfmt.open(path) as model:
         for layer, predictor in enumerate(report.predictors):
             _, tensors = model.predictor(layer)

@@ -7,6 +7,7 @@ from flashfmt.manifest import InputTap
 from reference_engine.calibration.choosing import RECALLS, choose_low_rank, gate_encodings
 from reference_engine.calibration.options import CalibrationOptions, Target
 from reference_engine.fitted_predictor import logit, sigmoid
+from reference_engine.neuron_weights import NeuronWeights
 from reference_engine.predictor_training import CutCurve, LowRankFit
 
 
@@ -18,7 +19,8 @@ def fitted():
     curve = CutCurve()
     curve.add(rng.normal(np.where(active, 1.5, -1.5), 1.5).astype(np.float32), active)
     shapes = ((2, 8), (50, 2), (50,))
-    return LowRankFit(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes)), curve
+    fit = LowRankFit(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+    return NeuronWeights.alike(50).apply(fit), curve
 
 
 def recall_of(predictors, curve):

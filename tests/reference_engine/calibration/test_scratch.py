@@ -48,6 +48,15 @@ def test_a_section_held_in_memory_has_the_same_pieces(recorded):
     assert section.in_memory(limit=8 * (2 * 4 + 2) - 1) is section
 
 
+def test_sums_of_chunks_add_up(tmp_path):
+    scratch = Scratch(tmp_path / "s", "a", **SIZES)
+    for first in (0, 4, 8):
+        scratch.write(1, first, sizes=np.arange(11, dtype=np.float32) + first)
+    np.testing.assert_array_equal(scratch.sizes(1, 4, 10), 2 * np.arange(11) + 12)
+    section = Section(scratch, layer=1, tap_layer=0, ranges=((0, 4), (8, 10)))
+    np.testing.assert_array_equal(section.sizes(), 2 * np.arange(11) + 8)
+
+
 def test_values_beyond_float16_are_clipped(tmp_path):
     scratch = Scratch(tmp_path / "s", "a", **SIZES)
     scratch.write(0, 0, inputs=np.full((4, 4), 1e9, np.float32))
