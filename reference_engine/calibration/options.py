@@ -25,8 +25,8 @@ class Target:
     """What a predictor must reach on validation text.
 
     ``recall``: this share of the active neurons of every layer, each counting as one; which ones are missed goes by
-    what they add (`reference_engine.neuron_weights`). ``perplexity``: at most this relative loss, with as few neurons as
-    that allows; with a margin, so that held-out text keeps it with 95 % confidence.
+    what they add (`reference_engine.neuron_weights`). ``perplexity``: at most this relative loss, with as few neurons
+    as that allows; with a margin, so that held-out text keeps it with 95 % confidence.
     """
 
     metric: Literal["recall", "perplexity"] = "recall"
