@@ -5,8 +5,9 @@ at their defaults (it begins each read by itself, as soon as there is room); and
 waited for, as a layer's misses are, against fio told to do the same. A line tells what fio does when told to begin
 reads by 16, with registered buffers and file. Sequential reads by `CyclicStream` (what exact mode uses) and by a
 `RangeReader`. All cases take turns in every round, because a shared disk changes its speed from one second to the
-next; figures are medians over the rounds, ratios are medians of the ratios within a round. Processor seconds count
-user and system time of the whole process. Without fio, the ratios are left out. The load average is reported with the
+next; figures are medians over the rounds, ratios are medians of the ratios within a round. Batches are planned by the
+compiled functions, as in an engine that has loaded numba; "plain" cases by numpy's. Processor seconds count user and
+system time of the whole process. Without fio, the ratios are left out. The load average is reported with the
 results: other programs slow all of this down, and raise processor time too.
 """
 
@@ -68,14 +69,14 @@ def ranges(path: Path, case: Case, seconds: float) -> Figures:
     return measured.bytes_per_second, measured.cpu_seconds_per_gib
 
 
-def kept_full(path: Path, backend: BackendName, depth: int, seconds: float) -> Figures:
+def kept_full(path: Path, backend: BackendName, depth: int, seconds: float, *, compiled: bool) -> Figures:
     """A `RangeReader` with two batches under way, so that always `depth` random rows are in flight.
 
     Both land in one buffer, whose bytes nobody looks at: fio reads into `depth` buffers over and over, and memory that
     is still in a cache is quicker to read into.
     """
     n_rows = 2 * depth
-    reader = open_reader(path, backend=backend, tuning=IoTuning(gap_bytes=0, depth=depth))
+    reader = open_reader(path, backend=backend, tuning=IoTuning(gap_bytes=0, depth=depth), compiled=compiled)
     buffer = aligned_empty(n_rows * ROW)
     buffer[:: 4 << 10] = 0
     positions = np.arange(n_rows) * ROW
@@ -102,9 +103,9 @@ def draw(path: Path, n_rows: int) -> list[npt.NDArray[np.int64]]:
     return [np.sort(rng.choice(n_all, n_rows, replace=False, shuffle=False)) * ROW for _ in range(N_DRAWN)]
 
 
-def batches_of(path: Path, n_rows: int, seconds: float) -> Figures:
+def batches_of(path: Path, n_rows: int, seconds: float, *, compiled: bool) -> Figures:
     """One batch of 16 KiB rows after the other, each waited for: what a layer's misses look like."""
-    reader = open_reader(path, tuning=IoTuning(gap_bytes=0))
+    reader = open_reader(path, tuning=IoTuning(gap_bytes=0), compiled=compiled)
     buffer = aligned_empty(n_rows * ROW)
     buffer[:: 4 << 10] = 0
     positions = np.arange(n_rows) * ROW
@@ -149,7 +150,7 @@ def plan_cases(path: Path, seconds: float, *, with_fio: bool) -> list[tuple[str,
             (
                 f"{label}: {name}",
                 f"{label}: fio {engine}",
-                partial(kept_full, path, name, depth, seconds),
+                partial(kept_full, path, name, depth, seconds, compiled=True),
             )
             for name, engine in FIO_ENGINES.items()
         ]
@@ -160,7 +161,8 @@ def plan_cases(path: Path, seconds: float, *, with_fio: bool) -> list[tuple[str,
             together = dict.fromkeys(("iodepth", "iodepth_batch_submit", "iodepth_batch_complete_min"), n)
             options = {"rw": "randread", "bs": ROW, "iodepth_batch_complete_max": n, "iodepth_low": 0, **together}
             found.append((baseline, None, partial(fio, path, "io_uring", seconds, **options)))
-        found.append((f"{label}: auto", baseline, partial(batches_of, path, n, seconds)))
+        found.append((f"{label}: auto", baseline, partial(batches_of, path, n, seconds, compiled=True)))
+        found.append((f"{label}: auto, plain", baseline, partial(batches_of, path, n, seconds, compiled=False)))
     label = f"sequential 2 MiB, depth {STREAM_DEPTH}"
     baseline = f"{label}: fio io_uring"
     if with_fio:
@@ -183,6 +185,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=4.0, help="size of the temporary file")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each case in a round")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="of the cases those that have this text in their names")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with_fio = shutil.which("fio") is not None
@@ -190,7 +193,7 @@ def main() -> None:
         sys.stderr.write("fio is not installed: no ratios\n")
     loads = [os.getloadavg()[0]]
     with temporary_file(options.directory, int(options.gib * GIB)) as path:
-        found = plan_cases(path, options.seconds, with_fio=with_fio)
+        found = [case for case in plan_cases(path, options.seconds, with_fio=with_fio) if options.only in case[0]]
         rounds: dict[str, list[Figures]] = {name: [] for name, _, _ in found}
         for _ in range(options.rounds):
             for name, _, call in found:

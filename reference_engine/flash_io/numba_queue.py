@@ -87,13 +87,13 @@ def _are_allowed(offsets: Any, sizes: Any, positions: Any, buffer: Any, alignmen
     return bits & (alignment - 1) == 0
 
 
-@_compiled("UniTuple(i8, 2)(i8[::1], i8[::1], i8[::1], u1[::1], i8, i8, i8, i8, i8[:,::1], i8[::1])")
+@_compiled("UniTuple(i8, 2)(i8[::1], i8[::1], i8[::1], u1[::1], i8, i8, i8, i8, i8[:,::1], i8[::1], b1)")
 def _cut(
-    offsets: Any, sizes: Any, positions: Any, buffer: Any,
-    gap_bytes: int, max_request_bytes: int, max_segments: int, scratch_address: int, requests: Any, segments: Any,
+    offsets: Any, sizes: Any, positions: Any, buffer: Any, gap_bytes: int, max_request_bytes: int,
+    max_segments: int, scratch_address: int, requests: Any, segments: Any, is_written: bool,
 ) -> Any:  # fmt: skip
-    """Write `_plan`'s requests and segments; returns how many there are. Into empty arrays nothing is written."""
-    n_requests, n_segments, is_written = 0, 0, requests.size > 0
+    """Number of requests and of segments; where asked to, write them as `_plan` says."""
+    n_requests, n_segments = 0, 0
     begin, first_segment, n_pieces, window_end, last_end, next_address = 0, 0, 0, 0, 0, 0
     for i in range(len(offsets)):
         at, end = offsets[i], offsets[i] + sizes[i]
@@ -126,20 +126,22 @@ def _cut(
     return n_requests, n_segments
 
 
-@_compiled("Tuple((i8[:,::1], i8[::1]))(i8[::1], i8[::1], i8[::1], u1[::1], i8, i8, i8, i8, i8)")
+@_compiled("UniTuple(i8, 2)(i8[::1], i8[::1], i8[::1], u1[::1], i8, i8, i8, i8, i8, i8[:,::1], i8[::1])")
 def _plan(
-    offsets: Any, sizes: Any, positions: Any, buffer: Any,
-    alignment: int, gap_bytes: int, max_request_bytes: int, max_segments: int, scratch_address: int,
+    offsets: Any, sizes: Any, positions: Any, buffer: Any, alignment: int, gap_bytes: int, max_request_bytes: int,
+    max_segments: int, scratch_address: int, requests: Any, segments: Any,
 ) -> Any:  # fmt: skip
-    """Requests (rows: offset, nbytes, first segment, number of segments) and segments; none if one is not allowed."""
-    requests, segments = np.empty((4, 0), np.int64), np.empty(0, np.int64)
+    """Number of requests and of segments, -1 where a range is not allowed; they are written if there is room for all.
+
+    Rows of `requests` are offset, nbytes, first segment and number of segments; a segment is address and nbytes.
+    """
     if not _are_allowed(offsets, sizes, positions, buffer, alignment):
-        return requests, segments
+        return -1, -1
     knobs = gap_bytes, max_request_bytes, max_segments, scratch_address
-    n_requests, n_segments = _cut(offsets, sizes, positions, buffer, *knobs, requests, segments)
-    requests, segments = np.empty((4, n_requests), np.int64), np.empty(2 * n_segments, np.int64)
-    _cut(offsets, sizes, positions, buffer, *knobs, requests, segments)
-    return requests, segments
+    counts = _cut(offsets, sizes, positions, buffer, *knobs, requests, segments, False)
+    if counts[0] <= requests.shape[1] and 2 * counts[1] <= len(segments):
+        _cut(offsets, sizes, positions, buffer, *knobs, requests, segments, True)
+    return counts
 
 
 @_compiled("void(u8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8, i8, i8, i8)")
@@ -177,18 +179,17 @@ def _place(ring: Any, words: Any, start: int, stop: int) -> int:
     return tail  # type: ignore[no-any-return]
 
 
-@_compiled("i8[:,::1](i8[::1], i8)")
-def _take(ring: Any, n: int) -> Any:
-    """Tags and results [2, n] off the completion ring."""
+@_compiled("void(i8[::1], i8[::1], i8[::1])")
+def _take(ring: Any, tags: Any, results: Any) -> None:
+    """As many tags and results as there is room for, off the completion ring."""
     cqes, head_address, n_cq = ring[2], ring[3], ring[5]
     head = _load(head_address)
-    places, taken = _array_at(_pointer(cqes), (2 * n_cq,), np.int64), np.empty((2, n), np.int64)
-    for i in range(n):
+    places = _array_at(_pointer(cqes), (2 * n_cq,), np.int64)
+    for i in range(len(tags)):
         place = 2 * (head + i & n_cq - 1)
-        taken[0, i] = places[place]
-        taken[1, i] = np.int32(places[place + 1] & _U32)
-    _store(head_address, head + n)
-    return taken
+        tags[i] = places[place]
+        results[i] = np.int32(places[place + 1] & _U32)
+    _store(head_address, head + len(tags))
 
 
 @_compiled("Tuple((i8, i8, b1))(i8[::1], i8[::1], i8, i8[::1])")
@@ -212,7 +213,7 @@ class _Layout:
 
     def filled(self, plan: RequestPlan, first_tag: int, fd: int) -> Entries:
         """Entries for `plan`."""
-        words = np.empty(_WORDS * len(plan), np.uint64)
+        words = np.empty(_WORDS * len(plan.offsets), np.uint64)
         segments = plan.segments.view(np.int64)
         _fill(
             words, plan.offsets, plan.nbytes, segments, plan.first_segment, plan.n_segments,
@@ -236,10 +237,17 @@ class CompiledSteps:
 
     def plan(self, offsets: I64, sizes: I64, positions: I64, buffer: Bytes) -> RequestPlan | None:
         """Plan the requests; see `BatchSteps.plan`."""
-        requests, segments = _plan(offsets, sizes, positions, buffer, *self._limits)
-        if not requests.size and len(offsets):
-            return None
-        return RequestPlan(requests[0], requests[1], segments.view(IOVEC), requests[2], requests[3])
+        n = n_requests = n_segments = len(offsets)
+        while True:  # twice where ranges are cut, or gaps are read through
+            n_room = max(n, n_requests, n_segments)
+            requests, segments = np.empty((4, n_room), np.int64), np.empty(2 * n_room, np.int64)
+            n_requests, n_segments = _plan(offsets, sizes, positions, buffer, *self._limits, requests, segments)
+            if n_requests < 0:
+                return None
+            if max(n_requests, n_segments) <= n_room:
+                break
+        starts, nbytes, first_segment, n_of_request = requests[:, :n_requests]
+        return RequestPlan(starts, nbytes, segments[: 2 * n_segments].view(IOVEC), first_segment, n_of_request)
 
 
 class CompiledUringQueue(uring_queue.UringQueue):
@@ -255,7 +263,8 @@ class CompiledUringQueue(uring_queue.UringQueue):
 
     def take(self, n: int) -> tuple[I64, I64]:
         """Take what was completed; see `KernelQueue.take`."""
-        tags, results = _take(self._ring, n)
+        tags, results = np.empty(n, np.int64), np.empty(n, np.int64)
+        _take(self._ring, tags, results)
         return tags, results
 
     def close(self) -> None:
@@ -264,7 +273,8 @@ class CompiledUringQueue(uring_queue.UringQueue):
         super().close()
 
     def _place(self, entries: Entries, start: int, stop: int) -> int:
-        tail: int = _place(self._ring, entries.view(np.uint64), start, stop)
+        words = entries.base  # as `prepare` made them: another view would be a dozen calls
+        tail: int = _place(self._ring, words, start, stop)
         return tail
 
 

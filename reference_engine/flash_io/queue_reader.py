@@ -190,7 +190,8 @@ class QueueReader:
                     self._works[work.number] = work
                     self._lanes[work.pending.ahead].append(work)
                     self._feed()
-                    self._end_if_done(work)
+                    if not work.n_in_flight:
+                        self._end_if_done(work)
                     self._is_torn = False
                     return
             with self._turn, self._lock:
@@ -200,7 +201,8 @@ class QueueReader:
         """Take results once, after waiting for as many as `work` needs. By the thread whose turn it is."""
         with self._lock:
             self._mend()
-            self._end_if_done(work)
+            if not work.n_in_flight:
+                self._end_if_done(work)
             if work.pending.has_ended:
                 return
             at_least = self._n_needed(work) if may_wait else 0
@@ -217,7 +219,8 @@ class QueueReader:
         with self._lock:
             self._is_torn = True
             self._collect(n)
-            self._end_if_done(work)
+            if not work.n_in_flight:
+                self._end_if_done(work)
             self._is_torn = False
 
     def _n_needed(self, work: _Work) -> int:

@@ -193,7 +193,7 @@ class BatchMaker:
         if buffer.dtype != _BYTE or not flags.c_contiguous or not flags.writeable:
             raise ValueError("a buffer must be writable, C-contiguous uint8")
         offsets = np.array(offsets, np.int64)
-        sizes = np.empty_like(offsets)
+        sizes = np.empty(offsets.shape, np.int64)
         sizes[...] = nbytes
         positions = np.array(positions, np.int64)
         if offsets.ndim != 1 or positions.shape != offsets.shape:
