@@ -24,6 +24,7 @@ from reference_engine.backends.numba_gemm import ffn_many, matmul_many
 from reference_engine.backends.numba_kernels import ffn_one, matmul_one
 from reference_engine.backends.numba_pass import NumbaPass, activation_code, is_uniform
 from reference_engine.backends.numba_runtime import choose_threading_layer, config
+from reference_engine.backends.numba_selection import NumbaSelection, rows_above
 from reference_engine.backends.numba_token import PLAN, take_steps
 from reference_engine.backends.numba_weights import TAGS
 from reference_engine.backends.protocol import (
@@ -33,6 +34,7 @@ from reference_engine.backends.protocol import (
     LayerWeights,
     Matrix,
     Pairing,
+    Selection,
     TokenPass,
 )
 from reference_engine.machine import usable_cores
@@ -142,6 +144,14 @@ class NumbaBackend:
         """See `Backend.bind_layers`: for attention matrices of one encoding."""
         return NumbaPass(layers, self._n_threads) if layers and is_uniform(layers) else None
 
+    def bind_selector(
+        self, matrices: Sequence[Matrix], bias: F32Array | None, cut: float, *, signed: bool
+    ) -> Selection | None:
+        """See `Backend.bind_selector`: for one or two matrices of one encoding."""
+        if len(matrices) > 2 or len({matrix.encoding for matrix in matrices}) > 1:
+            return None
+        return NumbaSelection(matrices, bias, cut, signed=signed, n_threads=self._n_threads)
+
     def ffn(
         self,
         shape: FfnShape,
@@ -195,7 +205,7 @@ def compile_kernels(encodings: Iterable[Encoding] = TAGS) -> None:
     kv_tags = [typeof(tag) for tag in _KV_TAGS.values()]
     families: list[tuple[Any, list[Any]]] = [
         (matmul_one, tags), (matmul_many, tags), (ffn_one, tags), (ffn_many, tags),
-        (take_steps, tags), (attend, kv_tags), (rotate, [None]), (norm, [None]),
+        (take_steps, tags), (rows_above, tags), (attend, kv_tags), (rotate, [None]), (norm, [None]),
     ]  # fmt: skip
     for kernel, kernel_tags in families:
         parameters = inspect.signature(kernel.py_func).parameters.values()

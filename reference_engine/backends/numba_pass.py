@@ -58,11 +58,13 @@ class NumbaPass:
         self._n_pairs = [tables.get(table, 0) for table in range(max(tables, default=-1) + 1)]
         self._angles = np.zeros((max(1, len(self._n_pairs)), 2 * max(1, *self._n_pairs, 1)), np.float32)
         self._vectors = np.zeros((N_VECTORS, self._d_model), np.float32)
+        n_heads = max(w.attention.n_heads + w.attention.n_kv_heads for w in layers)
+        self._scratch = np.zeros(2 * n_heads * attention.head_dim, np.float32)
         self.hidden, self.attention_input, self.attention_output, self.ffn_input, self.ffn_output = (
             self._vectors[i : i + 1] for i in (HIDDEN, ATTENTION_INPUT, ATTENTION_OUTPUT, FFN_INPUT, FFN_OUTPUT)
         )
         self._plans = np.array([self._plan(weights) for weights in layers])
-        self._places = (base_address(self._vectors), base_address(self._angles))
+        self._places = tuple(base_address(a) for a in (self._vectors, self._scratch, self._angles))
         self._cache: tuple[int, ...] = ()
         self._cached: tuple[npt.NDArray[Any], ...] = ()
         self._n_done = 0

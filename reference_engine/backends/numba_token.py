@@ -55,7 +55,7 @@ the FFN is not among the steps of a layer.
 """
 
 PRE_NORM, POST_NORM, PARALLEL = range(3)
-N_STEPS: Final = 4
+N_STEPS: Final = 5
 HIDDEN, ATTENTION_INPUT, ATTENTION_OUTPUT, FFN_INPUT, FFN_OUTPUT = range(5)
 N_VECTORS: Final = 5
 """The activations of a pass, float32 [N_VECTORS, d_model]."""
@@ -85,11 +85,11 @@ def _copy(b: Builder, _tag: Any, x: Value, n: Value, out: Value) -> None:
 
 
 @compiled
-def _project(tag: Any, plans: Any, layer: int, x: int, first: int, last: int, scratch: Any) -> None:
+def _project(tag: Any, plans: Any, layer: int, x: int, first: int, last: int, scratch: int) -> None:
     """Groups `first` to `last` of four rows of the query's, key's and value's matrices, laid end to end."""
     p = plans[layer]
     n, n_kv, d = p.n_heads * p.width, p.n_kv_heads * p.width, p.d_model
-    q = address_of(scratch)
+    q = scratch
     k = q + 4 * n
     v = k + 4 * n_kv
     prepared = np.empty(d + d // 32 + 128, np.float32)
@@ -107,12 +107,12 @@ def _project(tag: Any, plans: Any, layer: int, x: int, first: int, last: int, sc
 
 @compiled
 def _place(
-    plans: Any, layer: int, scratch: Any, angles: int, keys: int, values: int, half: int, head: int, at: int
+    plans: Any, layer: int, scratch: int, angles: int, keys: int, values: int, half: int, head: int, at: int
 ) -> None:
     """Normalise and turn query and key, then append key and value to the cache, `at` bytes into each head."""
     p = plans[layer]
     n, n_kv = p.n_heads * p.width, p.n_kv_heads * p.width
-    q = address_of(scratch)
+    q = scratch
     k = q + 4 * n
     v = k + 4 * n_kv
     if p.q_norm_rows != 0:
@@ -138,11 +138,11 @@ def _place(
 
 @compiled
 def _attend_heads(
-    plans: Any, layer: int, scratch: Any, keys: int, values: int, half: int, head: int, n_past: int,
+    plans: Any, layer: int, scratch: int, keys: int, values: int, half: int, head: int, n_past: int,
     begin: int, end: int,
 ) -> None:  # fmt: skip
     p = plans[layer]
-    q = address_of(scratch)
+    q = scratch
     mixed = q + 4 * p.width * (p.n_heads + 2 * p.n_kv_heads)
     if half != 0:
         attend_items(
@@ -157,10 +157,10 @@ def _attend_heads(
 
 
 @compiled
-def _output(tag: Any, plans: Any, layer: int, scratch: Any, first: int, last: int, out: int) -> None:
+def _output(tag: Any, plans: Any, layer: int, scratch: int, first: int, last: int, out: int) -> None:
     p = plans[layer]
     n, d = p.n_heads * p.width, p.d_model
-    mixed = address_of(scratch) + 4 * (n + 2 * p.n_kv_heads * p.width)
+    mixed = scratch + 4 * (n + 2 * p.n_kv_heads * p.width)
     prepared = np.empty(n + n // 32 + 128, np.float32)
     px = prepared_x(tag, mixed, n, address_of(prepared))
     dots(tag, p.output, p.output_stride, d, 4 * first, min(4 * last, d), px, n, out, p.output_bias)
@@ -168,23 +168,28 @@ def _output(tag: Any, plans: Any, layer: int, scratch: Any, first: int, last: in
 
 
 @compiled_parallel
-def _attention(
-    tag: Any, plans: Any, layer: int, x: int, angles: int, keys: int, values: int, half: int, head: int,
-    n_past: int, out: int, n_threads: int,
-) -> None:  # fmt: skip
-    """Attention of one token; its key and value become those of position `n_past`.
-
-    Scratch holds the query, the key, the value, and what the heads have read. Keys and values are float16 where `half`,
-    else float32, `head` bytes from one head to the next.
-    """
+def _projections(tag: Any, plans: Any, layer: int, x: int, scratch: int, n_threads: int) -> None:
+    """Query, key and value of one token, laid end to end in scratch."""
     p = plans[layer]
-    n, n_kv, d, n_heads, width = p.n_heads * p.width, p.n_kv_heads * p.width, p.d_model, p.n_heads, p.width
-    scratch = np.empty(2 * (n + n_kv) + 16, np.float32)
-    groups = (n + 3) // 4 + 2 * ((n_kv + 3) // 4)
+    groups = (p.n_heads * p.width + 3) // 4 + 2 * ((p.n_kv_heads * p.width + 3) // 4)
     for c in prange(n_threads):
         first, last = c * groups // n_threads, (c + 1) * groups // n_threads
         _project(tag, plans, layer, x, first, last, scratch)
-    at = n_past * width * (2 if half != 0 else 4)
+
+
+@compiled_parallel
+def _attention(
+    tag: Any, plans: Any, layer: int, scratch: int, angles: int, keys: int, values: int, half: int, head: int,
+    n_past: int, out: int, n_threads: int,
+) -> None:  # fmt: skip
+    """Attention of one token behind `_projections`; its key and value become those of position `n_past`.
+
+    Scratch then holds what the heads have read behind the value. Keys and values are float16 where `half`, else
+    float32, `head` bytes from one head to the next.
+    """
+    p = plans[layer]
+    d, n_heads = p.d_model, p.n_heads
+    at = n_past * p.width * (2 if half != 0 else 4)
     _place(plans, layer, scratch, angles, keys, values, half, head, at)
     for c in prange(n_threads):
         begin, end = c * n_heads // n_threads, (c + 1) * n_heads // n_threads
@@ -193,7 +198,6 @@ def _attention(
     for c in prange(n_threads):
         first, last = c * groups // n_threads, (c + 1) * groups // n_threads
         _output(tag, plans, layer, scratch, first, last, out)
-    scratch[0] = _ZERO
 
 
 @compiled
@@ -252,12 +256,13 @@ def _end_layer(plans: Any, layer: int, vectors: int) -> None:
 
 @compiled
 def take_steps(
-    tag: Any, plans: Any, first: int, last: int, vectors: int, angles: int, keys: int, values: int,
+    tag: Any, plans: Any, first: int, last: int, vectors: int, scratch: int, angles: int, keys: int, values: int,
     half: int, head: int, n_past: int, n_threads: int,
 ) -> None:  # fmt: skip
     """Steps `first` to `last` of all layers' steps, `N_STEPS` for each, on the activations at `vectors`.
 
-    Keys and values are those of all layers; see `_attention`.
+    Keys and values are those of all layers; see `_attention`. At `scratch` is float32 [2 * (queries + keys)],
+    whose contents count between two calls.
     """
     for step in range(first, last):
         layer, kind = step // N_STEPS, step % N_STEPS
@@ -266,13 +271,15 @@ def take_steps(
         if kind == 0:
             _begin_attention(plans, layer, vectors)
         elif kind == 1:
+            _projections(tag, plans, layer, vectors + 4 * d * ATTENTION_INPUT, scratch, n_threads)
+        elif kind == 2:
             past = layer * p.n_kv_heads * head
             _attention(
-                tag, plans, layer, vectors + 4 * d * ATTENTION_INPUT, angles, keys + past, values + past, half, head,
-                n_past, vectors + 4 * d * ATTENTION_OUTPUT, n_threads,
+                tag, plans, layer, scratch, angles, keys + past, values + past, half, head, n_past,
+                vectors + 4 * d * ATTENTION_OUTPUT, n_threads,
             )  # fmt: skip
             _begin_ffn(plans, layer, vectors)
-        elif kind == 2:
+        elif kind == 3:
             if p.rows != 0:
                 ffn_one(
                     tag, p.rows, p.row_stride, 0, p.n_neurons, d, p.part, p.gated, p.up_bias, p.gate_bias,

@@ -23,6 +23,7 @@ from reference_engine.backends.protocol import (
     LayerWeights,
     Matrix,
     Pairing,
+    Selection,
     TokenPass,
 )
 
@@ -119,6 +120,12 @@ class NumpyBackend:
 
     def bind_layers(self, layers: Sequence[LayerWeights]) -> TokenPass | None:
         """See `Backend.bind_layers`."""
+        return None
+
+    def bind_selector(
+        self, matrices: Sequence[Matrix], bias: F32Array | None, cut: float, *, signed: bool
+    ) -> Selection | None:
+        """See `Backend.bind_selector`."""
         return None
 
     def ffn(

@@ -196,10 +196,12 @@ class Step(IntEnum):
     """The steps of a layer, by what is known behind them."""
 
     ATTENTION_INPUT = 0
-    FFN_INPUT = 1
+    PROJECTIONS = 1
+    """Query, key and value: most of what attention reads of its weights."""
+    FFN_INPUT = 2
     """Attention is done; `TokenPass.ffn_output` is the bias, or zero."""
-    FFN_OUTPUT = 2
-    LAYER_OUTPUT = 3
+    FFN_OUTPUT = 3
+    LAYER_OUTPUT = 4
 
 
 class TokenPass(Protocol):
@@ -245,6 +247,13 @@ class TokenPass(Protocol):
 
     def computes_ffn(self, layer: int) -> bool:
         """Whether the FFN of a layer is among its steps."""
+
+
+class Selection(Protocol):
+    """Chooses rows of matrices that were bound to it."""
+
+    def __call__(self, x: F32Array) -> npt.NDArray[np.int32]:
+        """Sorted numbers of the rows that one activation chooses, float32 [1, n_cols of the first matrix]."""
 
 
 class Backend(Protocol):
@@ -331,6 +340,18 @@ class Backend(Protocol):
 
     def bind_layers(self, layers: Sequence[LayerWeights]) -> TokenPass | None:
         """What takes one token through all layers; None where the backend has no such thing for them."""
+
+    def bind_selector(
+        self, matrices: Sequence[Matrix], bias: F32Array | None, cut: float, *, signed: bool
+    ) -> Selection | None:
+        """What tells which rows of the last matrix exceed `cut`; None where the backend has no such thing for them.
+
+        Parameters
+        ----------
+        matrices : multiplied with the activation one after the other.
+        bias : float32 [n_rows of the last] or None, added.
+        signed : the sum itself must exceed `cut`, not its size.
+        """
 
     def ffn(
         self,

@@ -27,6 +27,7 @@ class LowRankPredictor:
         self._bias = bias
         self._cut = _logit(threshold)  # sigmoid grows, so the cut is made on its argument
         self._backend = backend
+        self._selection = backend.bind_selector([down, up], bias, float(self._cut), signed=True)
 
     def scores(self, x: F32) -> F32:
         """Arguments of the sigmoid, float32 [n_tokens, n_neurons]."""
@@ -34,6 +35,8 @@ class LowRankPredictor:
 
     def select(self, x: F32) -> Ids:
         """Neurons whose probability exceeds the threshold for any token."""
+        if len(x) == 1 and self._selection is not None:
+            return self._selection(x)
         return any_token(self.scores(x) > self._cut)
 
 
@@ -54,6 +57,7 @@ class LowBitGate:
         self._cut = np.float32(threshold)
         self._signed = signed
         self._backend = backend
+        self._selection = backend.bind_selector([gate], bias, float(self._cut), signed=signed)
 
     def scores(self, x: F32) -> F32:
         """Approximate gate values, float32 [n_tokens, n_neurons]."""
@@ -61,6 +65,8 @@ class LowBitGate:
 
     def select(self, x: F32) -> Ids:
         """Neurons whose score exceeds the threshold for any token."""
+        if len(x) == 1 and self._selection is not None:
+            return self._selection(x)
         scores = self.scores(x)
         return any_token((scores if self._signed else np.abs(scores)) > self._cut)
 

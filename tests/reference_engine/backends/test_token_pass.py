@@ -191,7 +191,7 @@ def test_orders(numba_backends, weights, encoding, order, shared, centred):
         layer(source, encoding, order=order, shared=shared, centred=centred, with_bias=centred) for _ in range(N_LAYERS)
     ]
     require_same_bits(numba_backends, layers, source)
-    stops = [(0, Step.ATTENTION_INPUT), (0, Step.FFN_OUTPUT), (1, Step.ATTENTION_INPUT), (1, Step.FFN_INPUT)]
+    stops = [(0, Step.ATTENTION_INPUT), (0, Step.FFN_OUTPUT), (1, Step.PROJECTIONS), (1, Step.FFN_INPUT)]
     require_same_bits(numba_backends, layers, source, stops=stops)
 
 
