@@ -1,34 +1,30 @@
 """Sparse mode on a device: the bundles a token needs, in a bank of slots in device memory.
 
-For each layer of a pass:
+For each layer of a pass, as `sparse_bundles` does it for a CPU:
 
     select -> step the window -> copy out what leaves -> begin all reads -> hand out what is held -> what arrives
 
 Selection scores stay on the device, windows decide on the host with the same rules as on a CPU, and bundles are
 never compacted: those that come take the slots of those that leave. With a second tier in page-locked memory, what
-leaves the device is kept there, and comes back without a read.
+leaves the device is kept there, and comes back without a read. What is read ahead waits in page-locked memory for the
+layer's turn.
 
-Knows: the order of these steps. Does not know: how neurons are selected, arithmetic.
+Knows: the order of these steps. Does not know: how bundles get there (`device_layer`), arithmetic.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-
-from flashfmt import BundlesInfo, FlashModel
-from flashfmt.errors import FlashReadError
-from reference_engine.backends.cupy_protocol import Bytes, Device, DeviceArray
-from reference_engine.bundle_checksums import Verify, require_checksums
-from reference_engine.device_landing import Arriving, LandingRing
-from reference_engine.device_slots import Slots, SlotTable, VictimTable
+from flashfmt import FlashModel
+from reference_engine.backends.cupy_protocol import Device
+from reference_engine.bundle_checksums import Verify
+from reference_engine.device_landing import LandingRing
+from reference_engine.device_layer import GROUP_BUNDLES, DeviceFetch, DeviceLayer
 from reference_engine.flash_io import IoCounters, RangeReader
 from reference_engine.models.weights import F32, BundleBlock, TapPoint
 from reference_engine.neuron_window import Ids, NeuronWindow
@@ -36,10 +32,8 @@ from reference_engine.selectors import TappedSelector
 from reference_engine.sparse_bundles import Observer, OpenReader
 from reference_engine.telemetry import LayerFigures, LayerStep, PassRecord, SparseTotals
 
-GROUP_BUNDLES: Final = 128  # what arrives together is copied and computed together
 RING_BUFFERS: Final = 8
 BLOCK_NEURONS: Final = 1024  # of several tokens at once: bounds the scratch of the arithmetic
-_COPY_THREADS: Final = 128
 
 
 def landing_nbytes(strides: Sequence[int]) -> int:
@@ -47,17 +41,14 @@ def landing_nbytes(strides: Sequence[int]) -> int:
     return RING_BUFFERS * (GROUP_BUNDLES * max(strides) + 4096)
 
 
-@dataclass(slots=True, eq=False)
-class _LayerBank:
-    """What a layer holds on the device, and behind it in the second tier."""
+@dataclass(slots=True)
+class _LayerState:
+    """What is known of a layer before its turn in a pass."""
 
-    info: BundlesInfo
-    window: NeuronWindow
-    rows: DeviceArray
-    table: SlotTable
-    tier_rows: Bytes | None
-    tier: VictimTable | None
-    is_verified: np.ndarray[Any, np.dtype[np.bool_]]
+    selected: Ids | None = None
+    """What a look-ahead selector decided."""
+    on_the_way: DeviceFetch | None = None
+    figures: LayerFigures = field(default_factory=LayerFigures)
 
 
 class DeviceBundles:
@@ -69,6 +60,8 @@ class DeviceBundles:
     windows, capacities : for each layer, which bundles stay, and in how many slots.
     tier_capacities : for each layer the slots of its second tier; None for none.
     open_reader : opens a file of bundles for reading.
+    hints : for each layer a selector whose choice is read ahead, without being decisive; None for no hints.
+    overlap : hand out what is held while the rest is read; without it, wait until all is there.
     verify : when to check bundle checksums.
 
     Attributes
@@ -87,58 +80,92 @@ class DeviceBundles:
         capacities: Sequence[int],
         open_reader: OpenReader,
         tier_capacities: Sequence[int] | None = None,
+        hints: Sequence[TappedSelector] | None = None,
+        overlap: bool = True,
         verify: Verify = "first",
     ) -> None:
-        self._model = model
-        self._device = device
         self._selectors = selectors
-        self._verify = verify
+        self._hints = hints
+        self._overlap = overlap
         self._readers: dict[Path, RangeReader] = {}
-        self._chosen: dict[int, tuple[Ids, float]] = {}
+        self._states = [_LayerState() for _ in model.layers]
+        self._layers: list[DeviceLayer] = []
         self._steps: list[LayerStep] = []
         self._observers: list[Observer] = []
         self.totals = SparseTotals(len(model.layers))
         self.decode_totals = SparseTotals(len(model.layers))
         self.n_from_tier = 0
         self._ahead: dict[tuple[int, TapPoint], list[int]] = {}
-        for layer, tapped in enumerate(selectors):
+        for layer, tapped in enumerate(selectors if hints is None else hints):
             if (tapped.tap.layer, tapped.tap.point) != (layer, "ffn_input"):
                 self._ahead.setdefault((tapped.tap.layer, tapped.tap.point), []).append(layer)
-        strides = [info.geometry.stride for info in model.layers]
-        self._ring = LandingRing(device, RING_BUFFERS, GROUP_BUNDLES * max(strides))
-        tiers = tier_capacities or [0] * len(model.layers)
-        self._banks = [
-            _LayerBank(
-                info=info,
-                window=window,
-                rows=device.empty((capacity, info.geometry.stride), np.uint8),
-                table=SlotTable(capacity, info.geometry.n_neurons),
-                tier_rows=_tier_rows(device, n_tier, info.geometry.stride) if n_tier else None,
-                tier=VictimTable(n_tier, info.geometry.n_neurons) if n_tier else None,
-                is_verified=np.zeros(info.geometry.n_neurons, np.bool_),
-            )
-            for info, window, capacity, n_tier in zip(model.layers, windows, capacities, tiers, strict=True)
+        self._taps: list[tuple[TapPoint, ...]] = [
+            tuple(point for place, point in self._ahead if place == layer and point != "ffn_input")
+            for layer in range(len(model.layers))
         ]
+        tiers = tier_capacities or [0] * len(model.layers)
+        ring = LandingRing(device, RING_BUFFERS, GROUP_BUNDLES * max(info.geometry.stride for info in model.layers))
         try:
-            for info in model.layers:
-                if info.extent.path not in self._readers:
-                    self._readers[info.extent.path] = open_reader(info.extent.path)
+            for info, window, n_slots, n_tier in zip(model.layers, windows, capacities, tiers, strict=True):
+                path = info.extent.path
+                if path not in self._readers:
+                    self._readers[path] = open_reader(path)
+                layer_bundles = DeviceLayer(
+                    info,
+                    device,
+                    ring,
+                    window=window,
+                    n_slots=n_slots,
+                    n_tier_slots=n_tier,
+                    checksums=model.bundles(info.layer).checksums,
+                    verify=verify,
+                    reader=self._readers[path],
+                )
+                self._layers.append(layer_bundles)
         except BaseException:
             self.close()
             raise
+
+    def preload(self, layer: int, tokens: Iterable[Ids], progress: Callable[[int], None] | None = None) -> None:
+        """Fill the slots of a layer with what its window holds behind `tokens`, before anything is computed.
+
+        Parameters
+        ----------
+        progress : called with bytes of bundles as they arrive.
+
+        Raises
+        ------
+        FlashReadError, ChecksumError
+            Naming layer, neuron and byte offset.
+        """
+        held = self._layers[layer]
+        for arrived in held.preload(tokens).arrivals():
+            if progress is not None:
+                progress((arrived.stop - arrived.start) * held.info.geometry.stride)
+
+    def watch(self, observer: Observer) -> None:
+        """Call `observer` with the record of every pass to come, at its end."""
+        self._observers.append(observer)
 
     def whole(self, layer: int) -> None:
         """Which bundles are on the device changes."""
         return
 
     def taps(self, layer: int) -> tuple[TapPoint, ...]:
-        """What selectors look at."""
-        return tuple(point for place, point in self._ahead if place == layer)
+        """What look-ahead selectors wait for; an FFN input they are shown in `blocks`, once its own reads began."""
+        return self._taps[layer]
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Reads go on by themselves."""
+        return False
+
+    def carry_on(self) -> None:
+        """Nothing to do."""
 
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
-        """Select for the layers whose selectors look at this activation."""
-        for target in self._ahead.get((layer, point), ()):
-            self._chosen[target] = self._select(target, x)
+        """Select ahead for the layers whose look-ahead selectors wait for this activation."""
+        self._look_ahead(layer, point, x)
 
     def blocks(self, layer: int, x: F32) -> Iterator[BundleBlock]:
         """Blocks of the active bundles of a layer: those held, then those that arrive. Ids and slots on the device.
@@ -146,19 +173,40 @@ class DeviceBundles:
         Raises
         ------
         FlashReadError, ChecksumError
-            Naming layer, neuron and byte offset; nothing was computed with the bytes concerned.
+            Naming layer, neuron and byte offset; nothing was computed with the bytes concerned, and they are read
+            anew when they are next wanted.
         """
+        state, self._states[layer] = self._states[layer], _LayerState()
+        held, figures = self._layers[layer], state.figures
         if layer == 0:
             self._steps.clear()
-        chosen = self._chosen.pop(layer, None)
-        active, seconds = self._select(layer, x) if chosen is None else chosen
-        figures = LayerFigures(n_active=len(active), select_seconds=seconds)
-        bank, n_tokens = self._banks[layer], len(x)
-        for first in range(0, len(active), bank.table.n_slots):
-            yield from self._held_and_arriving(bank, active[first : first + bank.table.n_slots], n_tokens, figures)
-        self._steps.append(LayerStep(active, figures))
-        if len(self._steps) == len(self._banks):
-            self._end_pass(PassRecord(n_tokens, tuple(self._steps)))
+        if state.selected is not None:
+            active = state.selected
+        else:
+            began = time.perf_counter()
+            active = self._selectors[layer].selector.select(x)
+            figures.select_seconds += time.perf_counter() - began
+            if state.on_the_way is not None:
+                state.on_the_way.finish()
+                figures.n_prefetched += state.on_the_way.n_missing
+                self.n_from_tier += state.on_the_way.n_found
+                _add_costs(figures, state.on_the_way)
+                state.on_the_way = None
+        figures.n_active = len(active)
+        fetch, n_tokens = state.on_the_way, len(x)
+        for first in range(0, max(len(active), 1), held.n_slots):
+            if fetch is None:
+                fetch = held.fetch(active[first : first + held.n_slots])
+            try:
+                if first == 0:
+                    self._look_ahead(layer, "ffn_input", x)
+                for part in _computable(fetch, overlap=self._overlap):
+                    yield from _cut(fetch, part, held, n_tokens)
+            finally:
+                fetch.finish()
+            self._count(figures, fetch)
+            fetch = None
+        self._end_layer(LayerStep(active, figures), n_tokens)
 
     @property
     def counters(self) -> IoCounters:
@@ -170,150 +218,69 @@ class DeviceBundles:
 
     def close(self) -> None:
         """Stop reading and close the files."""
+        for state in self._states:
+            if state.on_the_way is not None:
+                state.on_the_way.finish()
+                state.on_the_way = None
         for reader in self._readers.values():
             reader.close()
 
-    def watch(self, observer: Observer) -> None:
-        """Call `observer` with the record of every pass to come, at its end."""
-        self._observers.append(observer)
+    def _look_ahead(self, layer: int, point: TapPoint, x: F32) -> None:
+        """Select for the layers that look at this activation, and begin to read what they miss."""
+        for target in self._ahead.get((layer, point), ()):
+            stale, held = self._states[target], self._layers[target]
+            if stale.on_the_way is not None:  # of a pass that was broken off
+                stale.on_the_way.finish()
+            state = self._states[target] = _LayerState()
+            began = time.perf_counter()
+            selectors = self._selectors if self._hints is None else self._hints
+            chosen = selectors[target].selector.select(x)
+            state.figures.select_seconds = time.perf_counter() - began
+            if self._hints is None:
+                state.selected = chosen
+            if len(chosen) <= held.n_slots:
+                state.on_the_way = held.fetch(chosen, ahead=True)
 
-    def _end_pass(self, record: PassRecord) -> None:
+    def _count(self, figures: LayerFigures, fetch: DeviceFetch) -> None:
+        figures.n_hits += fetch.n_hits
+        figures.n_missing += fetch.n_missing
+        figures.n_evicted += fetch.n_evicted
+        self.n_from_tier += fetch.n_found
+        _add_costs(figures, fetch)
+
+    def _end_layer(self, step: LayerStep, n_tokens: int) -> None:
+        self._steps.append(step)
+        if len(self._steps) < len(self._layers):
+            return
+        record = PassRecord(n_tokens, tuple(self._steps))
+        self._steps.clear()
         self.totals.add(record)
-        if record.n_tokens == 1:
+        if n_tokens == 1:
             self.decode_totals.add(record)
         for observer in self._observers:
             observer(record)
 
-    def _select(self, layer: int, x: F32) -> tuple[Ids, float]:
-        began = time.perf_counter()
-        active = self._selectors[layer].selector.select(x)
-        return active, time.perf_counter() - began
 
-    def _held_and_arriving(
-        self, bank: _LayerBank, wanted: Ids, n_tokens: int, figures: LayerFigures
-    ) -> Iterator[BundleBlock]:
-        began = time.perf_counter()
-        step = bank.window.step(wanted)
-        evicted_slots = bank.table.release(step.evicted)
-        bank.table.assign(step.missing)
-        found, found_slots, kept, kept_slots = _exchange(bank, step.missing, step.evicted)
-        missing = np.setdiff1d(step.missing, found, assume_unique=True)
-        order = np.concatenate((np.setdiff1d(wanted, missing, assume_unique=True), missing))
-        ids, slots, kept_from, kept_to, found_from, found_to = self._upload(
-            order, bank.table.slots(order), evicted_slots[len(evicted_slots) - len(kept) :], kept_slots,
-            found_slots, bank.table.slots(found),
-        )  # fmt: skip
-        self._device.wait("copy", self._device.record("compute"))  # launched kernels may still read given up slots
-        self._move(bank, bank.rows, kept_from, bank.tier_rows, kept_to)
-        self._move(bank, bank.tier_rows, found_from, bank.rows, found_to)
-        self._device.wait("compute", self._device.record("copy"))
-        self.n_from_tier += len(found)
-        figures.n_hits += len(step.hits)
-        figures.n_missing += len(missing)
-        figures.n_evicted += len(step.evicted)
-        figures.upkeep_seconds += time.perf_counter() - began
-        n_done = len(order) - len(missing)
-        n_begun = n_done
-        under_way: deque[tuple[Ids, Arriving]] = deque()
-        try:
-            n_begun = self._begin(bank, order, n_begun, under_way)
-            yield from _cut(bank, ids[:n_done], slots[:n_done], n_tokens)
-            while under_way:
-                group, arriving = under_way.popleft()
-                try:
-                    self._land(bank, group, arriving, slots[n_done : n_done + len(group)], figures)
-                finally:
-                    self._ring.release(arriving)
-                arrived = slice(n_done, n_done + len(group))
-                n_done += len(group)
-                n_begun = self._begin(bank, order, n_begun, under_way)
-                self._device.wait("compute", self._device.record("copy"))
-                yield from _cut(bank, ids[arrived], slots[arrived], n_tokens)
-        finally:
-            for _, arriving in under_way:
-                self._abandon(arriving)
-            absent = order[n_done:]
-            if len(absent):
-                bank.window.forget(absent)
-                bank.table.release(absent)
-
-    def _upload(self, *lists: Slots) -> list[DeviceArray]:
-        """Several int32 lists in one copy."""
-        together = self._device.upload(np.concatenate(lists))
-        ends = np.cumsum([len(part) for part in lists]).tolist()
-        return [together[end - len(part) : end] for part, end in zip(lists, ends, strict=True)]
-
-    def _begin(self, bank: _LayerBank, order: Ids, n_begun: int, under_way: deque[tuple[Ids, Arriving]]) -> int:
-        """Begin to read as many groups as the ring has room for; returns how much of `order` is begun or there."""
-        info, stride = bank.info, bank.info.geometry.stride
-        while n_begun < len(order) and self._ring.has_room:
-            group = order[n_begun : n_begun + GROUP_BUNDLES]
-            offsets = group.astype(np.int64) * stride + info.extent.offset
-            under_way.append((group, self._ring.begin(self._readers[info.extent.path], offsets, stride)))
-            n_begun += len(group)
-        return n_begun
-
-    def _land(self, bank: _LayerBank, ids: Ids, arriving: Arriving, slots: DeviceArray, figures: LayerFigures) -> None:
-        """Wait for a group, check it, and begin to copy it to its slots."""
-        before = self._ring.wait_seconds
-        try:
-            self._ring.wait(arriving)
-        except FlashReadError as error:
-            raise _named(error, bank.info, ids) from error
-        finally:
-            figures.wait_seconds += self._ring.wait_seconds - before
-        figures.n_requests += len(arriving.pending.plan)
-        figures.bytes_read += int(arriving.pending.plan.nbytes.sum())
-        checked = time.perf_counter()
-        self._check(bank, ids, arriving.data.reshape(len(ids), bank.info.geometry.stride))
-        landed = time.perf_counter()
-        self._move(bank, self._ring.send(arriving), None, bank.rows, slots)
-        figures.check_seconds += landed - checked
-        figures.upkeep_seconds += time.perf_counter() - landed
-
-    def _check(self, bank: _LayerBank, ids: Ids, rows: Bytes) -> None:
-        if self._verify == "never":
-            return
-        places = np.arange(len(ids)) if self._verify == "always" else np.flatnonzero(~bank.is_verified[ids])
-        checksums = self._model.bundles(bank.info.layer).checksums
-        require_checksums(bank.info, ids[places].tolist(), (rows[place] for place in places), checksums)
-        bank.is_verified[ids] = True
-
-    def _abandon(self, arriving: Arriving) -> None:
-        """Wait until the reader has let go of a buffer that nobody wants any more."""
-        arriving.pending.is_cancelled = True
-        with suppress(FlashReadError):
-            self._ring.wait(arriving)
-        self._ring.release(arriving)
-
-    def _move(self, bank: _LayerBank, source: Any, source_slots: Any, target: Any, target_slots: DeviceArray) -> None:
-        """Begin to copy rows from slots (row after row where None) to slots, in the copy queue."""
-        n, stride = len(target_slots), np.int64(bank.info.geometry.stride)
-        if n:
-            arguments = (source, source_slots, target, target_slots, stride, stride)
-            self._device.launch("move_rows", (n, 1, 1), _COPY_THREADS, *arguments, queue="copy")
+def _computable(fetch: DeviceFetch, *, overlap: bool) -> Iterator[slice]:
+    """Places in a fetch: first of what is there, then of the others as they arrive, or all once they are there."""
+    arrivals = fetch.arrivals() if overlap else iter(list(fetch.arrivals()))
+    if fetch.n_there:
+        yield slice(0, fetch.n_there)
+    yield from arrivals
 
 
-def _exchange(bank: _LayerBank, missing: Ids, evicted: Ids) -> tuple[Ids, Slots, Ids, Slots]:
-    """What the second tier hands out of `missing` and takes in of `evicted`; nothing where there is none."""
-    if bank.tier is None:
-        nothing = missing[:0]
-        return nothing, nothing, nothing, nothing
-    return bank.tier.exchange(missing, evicted)
-
-
-def _cut(bank: _LayerBank, ids: DeviceArray, slots: DeviceArray, n_tokens: int) -> Iterator[BundleBlock]:
+def _cut(fetch: DeviceFetch, part: slice, held: DeviceLayer, n_tokens: int) -> Iterator[BundleBlock]:
     """Blocks of at most `BLOCK_NEURONS` where there are several tokens."""
-    step = max(len(ids), 1) if n_tokens == 1 else BLOCK_NEURONS
-    for first in range(0, len(ids), step):
-        yield BundleBlock(ids[first : first + step], bank.rows, slots[first : first + step])
+    step = part.stop - part.start if n_tokens == 1 else BLOCK_NEURONS
+    for first in range(part.start, part.stop, step):
+        block = slice(first, min(first + step, part.stop))
+        yield BundleBlock(fetch.ids[block], held.rows, fetch.slots[block])
 
 
-def _tier_rows(device: Device, n_slots: int, stride: int) -> Bytes:
-    return device.pinned(n_slots * stride).reshape(n_slots, stride)
-
-
-def _named(error: FlashReadError, info: BundlesInfo, ids: Ids) -> FlashReadError:
-    """`error`, with the layer and the neurons concerned."""
-    message = f"bundles of layer {info.layer}, neurons {ids[0]} to {ids[-1]}, cannot be read: {error.message}"
-    return FlashReadError(message, path=info.extent.path, where=error.where)
+def _add_costs(figures: LayerFigures, fetch: DeviceFetch) -> None:
+    costs = fetch.costs
+    figures.bytes_read += costs.bytes_read
+    figures.n_requests += costs.n_requests
+    figures.wait_seconds += costs.wait_seconds
+    figures.check_seconds += costs.check_seconds
+    figures.upkeep_seconds += costs.upkeep_seconds

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from flashfmt import FlashModel
+from flashfmt.errors import FlashReadError
 from reference_engine.backends.cupy_protocol import Bytes, Device, DeviceArray
 from reference_engine.bundle_blocks import Block, runs_of, split_layer
 from reference_engine.bundle_checksums import Verify, require_checksums
@@ -49,6 +51,7 @@ class DeviceExactBundles:
         self._blocks = model_blocks(model)
         self._is_pinned = dict(zip(self._blocks, pinned_blocks, strict=True))
         self._streamed = [block for block in self._blocks if not self._is_pinned[block]]
+        self._place_of = {block: place for place, block in enumerate(self._streamed)}
         self._is_verified: set[Block] = set()
         self._runs = [runs_of(split_layer(info), self._is_pinned) for info in model.layers]
         self._pinned: dict[Block, DeviceArray] = {}  # rows of a pinned run, by its first block
@@ -72,30 +75,38 @@ class DeviceExactBundles:
             n_neurons = sum(block.n_neurons for block in run)
             self._pinned[run[0]] = arena[start : start + nbytes].reshape(n_neurons, -1)
             start += nbytes
+        self._device.wait("copy", self._device.record("compute"))  # what had this memory before may still be in use
         start = 0
         ahead: deque[Arriving] = deque()
         for i, block in enumerate(wanted):
-            while self._ring.has_room and i + len(ahead) < len(wanted):
+            while self._ring.has_room() and i + len(ahead) < len(wanted):
                 ahead.append(self._begin(wanted[i + len(ahead)]))
             arriving = ahead.popleft()
-            try:
-                self._receive(block, arriving)
-                self._device.copy_in(arena[start : start + block.nbytes], arriving.data)
-            finally:
-                self._device.synchronize(self._device.record("copy"))
-                self._ring.release(arriving)
+            self._receive(block, arriving)
+            self._ring.send(arriving, arena[start : start + block.nbytes])
+            self._ring.release(arriving)
             start += block.nbytes
             if progress is not None:
                 progress(block.nbytes)
+        self._device.wait("compute", self._device.record("copy"))
         self._refill(0)
 
-    def whole(self, layer: int) -> None:
-        """Blocks of a device are handed out by `blocks`."""
-        return
+    def whole(self, layer: int) -> DeviceArray | None:
+        """See `BundleSource.whole`; after `load`."""
+        runs = self._runs[layer]
+        return self._pinned[runs[0][0]] if len(runs) == 1 and self._is_pinned[runs[0][0]] else None
 
     def taps(self, layer: int) -> tuple[TapPoint, ...]:
         """Nothing to look ahead for: every neuron is wanted anyway."""
         return ()
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Reads go on by themselves."""
+        return False
+
+    def carry_on(self) -> None:
+        """Nothing to do."""
 
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
         """Nothing asks for it."""
@@ -108,14 +119,14 @@ class DeviceExactBundles:
         FlashReadError, ChecksumError
             Naming layer, neuron and byte offset; nothing was computed with the bytes concerned.
         """
-        if layer == 0 and self._under_way and self._under_way[0][0] != 0:
-            self._rewind()
         for run in self._runs[layer]:
             block = run[0]
             neurons = slice(block.first, run[-1].first + run[-1].n_neurons)
             if self._is_pinned[block]:
                 yield BundleBlock(neurons, self._pinned[block])
                 continue
+            if not self._under_way or self._under_way[0][0] != self._place_of[block]:  # a pass was broken off
+                self._rewind(self._place_of[block])
             place, arriving = self._under_way.popleft()
             try:
                 self._receive(block, arriving)
@@ -145,19 +156,19 @@ class DeviceExactBundles:
 
     def _refill(self, place: int) -> None:
         """Begin to read streamed blocks from `place` on, in the one order in which they are needed."""
-        while self._streamed and self._ring.has_room:
+        while self._streamed and self._ring.has_room():
             self._under_way.append((place, self._begin(self._streamed[place])))
             place = (place + 1) % len(self._streamed)
 
-    def _rewind(self) -> None:
-        """Start over with the first streamed block, because a pass was broken off."""
+    def _rewind(self, place: int) -> None:
+        """Let go of all that is under way, and begin with the streamed block at `place`."""
         while self._under_way:
             _, arriving = self._under_way.popleft()
-            try:
+            arriving.pending.is_cancelled = True
+            with suppress(FlashReadError):
                 self._ring.wait(arriving)
-            finally:
-                self._ring.release(arriving)
-        self._refill(0)
+            self._ring.release(arriving)
+        self._refill(place)
 
     def _receive(self, block: Block, arriving: Arriving) -> None:
         """Wait for a block and check it."""

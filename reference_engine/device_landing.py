@@ -39,6 +39,7 @@ class Arriving:
     pending: Pending
     data: Bytes
     """uint8 [total of the ranges]: page-locked, valid once `pending` has ended."""
+    is_ahead: bool
     _berth: Any
 
 
@@ -52,27 +53,30 @@ class LandingRing:
         self._free = [
             _Berth(arena[i * nbytes : (i + 1) * nbytes], device.empty((nbytes,), np.uint8)) for i in range(n_buffers)
         ]
+        self._n_buffers = n_buffers
+        self._n_ahead = 0
         self.wait_seconds = 0.0
 
-    @property
-    def has_room(self) -> bool:
-        """Whether another batch can be begun."""
-        return bool(self._free)
+    def has_room(self, *, ahead: bool = False) -> bool:
+        """Whether another batch can be begun. Half of the buffers are never lent to what is read ahead."""
+        return bool(self._free) and not (ahead and self._n_ahead >= self._n_buffers // 2)
 
-    def begin(self, reader: RangeReader, offsets: I64, nbytes: int) -> Arriving:
+    def begin(self, reader: RangeReader, offsets: I64, nbytes: int, *, ahead: bool = False) -> Arriving:
         """Begin to read ranges of `nbytes` bytes each, one behind the other, into a free buffer.
 
         Parameters
         ----------
         offsets : int64 [n], sorted file offsets.
+        ahead : let every request of other batches go first.
         """
         berth = self._free[0]
         if berth.copied is not None:
             self._device.synchronize(berth.copied)
         positions = np.arange(len(offsets), dtype=np.int64) * nbytes
-        pending = reader.submit(offsets, nbytes, berth.host, positions)
+        pending = reader.submit(offsets, nbytes, berth.host, positions, ahead=ahead)
         self._free.pop(0)
-        return Arriving(pending, berth.host[: len(offsets) * nbytes], berth)
+        self._n_ahead += ahead
+        return Arriving(pending, berth.host[: len(offsets) * nbytes], ahead, berth)
 
     def wait(self, arriving: Arriving) -> None:
         """Return when all ranges have arrived.
@@ -87,12 +91,18 @@ class LandingRing:
         finally:
             self.wait_seconds += time.perf_counter() - began
 
-    def send(self, arriving: Arriving) -> DeviceArray:
-        """Begin to copy what has arrived to the device; later work in the copy queue finds it in the result."""
+    def send(self, arriving: Arriving, target: DeviceArray | None = None) -> DeviceArray:
+        """Begin to copy what has arrived to the device; later work in the copy queue finds it in the result.
+
+        Parameters
+        ----------
+        target : where to, uint8 of that size; the buffer's twin where None.
+        """
         berth: _Berth = arriving._berth
-        if berth.read_by is not None:
-            self._device.wait("copy", berth.read_by)
-        target = berth.twin[: arriving.data.nbytes]
+        if target is None:
+            if berth.read_by is not None:
+                self._device.wait("copy", berth.read_by)
+            target = berth.twin[: arriving.data.nbytes]
         self._device.copy_in(target, arriving.data)
         berth.copied = self._device.record("copy")
         return target
@@ -100,5 +110,7 @@ class LandingRing:
     def release(self, arriving: Arriving, read_by: Event = None) -> None:
         """Give the buffer back. Its twin is not written to before `read_by`; the copy queue keeps its own order."""
         berth: _Berth = arriving._berth
-        berth.read_by = read_by
+        if read_by is not None:  # else whoever read it before may still do so
+            berth.read_by = read_by
+        self._n_ahead -= arriving.is_ahead
         self._free.append(berth)

@@ -8,10 +8,8 @@ Knows: how the parts of a device's engine fit together. Does not know: their ins
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -29,26 +27,34 @@ from reference_engine.device_decoder import DeviceKvCache, DeviceResidents, Devi
 from reference_engine.device_exact import DeviceExactBundles
 from reference_engine.device_selectors import load_device_selectors
 from reference_engine.exact_bundles import model_blocks
-from reference_engine.flash_io import IO_ALIGNMENT, RangeReader, open_reader
+from reference_engine.flash_io import IO_ALIGNMENT
 from reference_engine.kv_cache import KvType, kv_cache_nbytes
 from reference_engine.plan import RING_SLOTS, FixedParts, MemoryPlan, plan_memory
 from reference_engine.residents import (
     EMBEDDING,
     FlashTable,
     ResidentTable,
+    flash_table,
     resident_tensors,
     residents_nbytes,
-    stays_on_flash,
     tensors_nbytes,
 )
+from reference_engine.selectors import SelectorChoice, TappedSelector
 from reference_engine.sizes import format_size
-from reference_engine.sparse_mode import SparseOptions, plan_sparse_mode, sparse_selectors_nbytes
+from reference_engine.sparse_mode import (
+    SparseOptions,
+    bundle_opener,
+    load_with_hints,
+    plan_sparse_mode,
+    sparse_selectors_nbytes,
+    starting_tokens,
+)
 from reference_engine.sparse_plan import SparsePlan
 
 F32 = npt.NDArray[np.float32]
 Progress = Callable[[int], None]
 
-CONTEXT_NBYTES: Final = 512 << 20  # what the driver takes for a process with these kernels loaded
+CONTEXT_NBYTES: Final = 512 << 20  # what the driver takes for a process, where a device cannot tell
 _FREE_SHARE: Final = 0.9  # of the device's free memory, where no ceiling is given
 
 
@@ -80,10 +86,16 @@ class LoadedModel:
     stack: DeviceStack
     kv_cache: DeviceKvCache
     bundles: DeviceExactBundles | DeviceBundles
+    flash_table: FlashTable | None
+    """The token embedding, where it stays on flash; to be closed."""
 
 
 class DevicePlacement:
     """Plans and loads a model on one device.
+
+    Attributes
+    ----------
+    context_nbytes : of device memory, that the driver takes for the process; part of every ceiling.
 
     Raises
     ------
@@ -94,12 +106,12 @@ class DevicePlacement:
     def __init__(self, model: FlashModel, device: Device, options: DeviceOptions) -> None:
         if options.host_memory and options.sparse is None:
             raise PromptError("a second tier in host memory is for a selector's bundles: exact mode keeps none")
-        if options.sparse is not None and options.sparse.prefetch is not None:
-            raise PromptError("a device reads nothing ahead: --prefetch is for the CPU")
         self._model = model
         self._device = device
         self._options = options
         self.backend = CupyBackend(device)
+        known = device.context_nbytes
+        self.context_nbytes = CONTEXT_NBYTES if known is None else known
 
     def plan(self, process_nbytes: int) -> MemoryPlan | SparsePlan:
         """Split the ceiling on device memory.
@@ -115,8 +127,8 @@ class DevicePlacement:
         """
         model, options = self._model, self._options
         free, _ = self._device.memory()
-        available = free + CONTEXT_NBYTES  # the context is there already
-        ceiling = CONTEXT_NBYTES + int(free * _FREE_SHARE) if options.vram is None else options.vram
+        available = free + self.context_nbytes  # the context is there already
+        ceiling = self.context_nbytes + int(free * _FREE_SHARE) if options.vram is None else options.vram
         if ceiling > available:
             raise BudgetError(
                 f"{format_size(ceiling)} of device memory are asked for, but {format_size(free)} are free",
@@ -131,12 +143,12 @@ class DevicePlacement:
             scratch = _scratch_nbytes(model.decoder, n_tokens, options.context_tokens, BLOCK_NEURONS)
             scratch += self._landing_nbytes() + 8 * n_tokens * model.decoder.ffn.d_ff
             selectors = sparse_selectors_nbytes(model, options.sparse)
-            fixed = FixedParts(CONTEXT_NBYTES, residents, kv_cache, scratch, selectors)
+            fixed = FixedParts(self.context_nbytes, residents, kv_cache, scratch, selectors)
             return plan_sparse_mode(model, options.sparse, fixed, ceiling, options.context_tokens)
         blocks = model_blocks(model)
         d_ff = model.decoder.ffn.d_ff  # pinned neighbours are computed together
         scratch = _scratch_nbytes(model.decoder, n_tokens, options.context_tokens, d_ff)
-        fixed = FixedParts(CONTEXT_NBYTES, residents, kv_cache, scratch + self._landing_nbytes())
+        fixed = FixedParts(self.context_nbytes, residents, kv_cache, scratch + self._landing_nbytes())
         return plan_memory(fixed, blocks, ceiling, options.context_tokens)
 
     def load(self, plan: MemoryPlan | SparsePlan, progress: Progress | None = None) -> LoadedModel:
@@ -147,15 +159,16 @@ class DevicePlacement:
         FlashReadError, ChecksumError
         """
         model, options, backend = self._model, self._options, self.backend
-        self._device.limit(plan.ceiling - CONTEXT_NBYTES)
+        self._device.limit(plan.ceiling - self.context_nbytes)
         residents = DeviceResidents(model, backend, verify=options.verify != "never", progress=progress)
-        tokens = (
-            _UploadedTable(FlashTable(model.tensors[EMBEDDING], NumpyBackend()), self._device)
-            if stays_on_flash(model)
-            else ResidentTable(residents.matrix(EMBEDDING), backend)
-        )
         kv_cache = DeviceKvCache(model.decoder, options.context_tokens, options.kv_type, backend)
         bundles = self._load_bundles(plan, progress)
+        table = flash_table(model, NumpyBackend())
+        tokens = (
+            ResidentTable(residents.matrix(EMBEDDING), backend)
+            if table is None
+            else _UploadedTable(table, self._device)
+        )
         stack = DeviceStack(
             decoder=model.decoder,
             residents=residents,
@@ -164,33 +177,53 @@ class DevicePlacement:
             bundles=bundles,
             backend=backend,
         )
-        return LoadedModel(stack, kv_cache, bundles)
+        return LoadedModel(stack, kv_cache, bundles, table)
 
     def _load_bundles(
         self, plan: MemoryPlan | SparsePlan, progress: Progress | None
     ) -> DeviceExactBundles | DeviceBundles:
         model, options, sparse = self._model, self._options, self._options.sparse
         if isinstance(plan, SparsePlan) and sparse is not None:
-            n_neurons = model.decoder.ffn.d_ff
-            return DeviceBundles(
-                model,
-                self._device,
-                selectors=load_device_selectors(
-                    model, sparse.selector, self.backend, verify=options.verify, progress=progress
-                ),
-                windows=[sparse.window.build(n_neurons, capacity) for capacity in plan.capacities],
-                capacities=plan.capacities,
-                tier_capacities=tier_capacities(model, options.host_memory),
-                open_reader=sparse.open_reader or self._open_reader,
-                verify=options.verify,
-            )
+            return self._load_sparse(plan, sparse, progress)
         if not isinstance(plan, MemoryPlan):
             raise TypeError("a plan for leaving neurons out needs a selector")
         exact = DeviceExactBundles(
-            model, self._device, plan.pinned_blocks, open_reader=self._open_reader, verify=options.verify
+            model, self._device, plan.pinned_blocks, open_reader=bundle_opener(model), verify=options.verify
         )
-        exact.load(progress)
+        try:
+            exact.load(progress)
+        except BaseException:
+            exact.close()
+            raise
         return exact
+
+    def _load_sparse(self, plan: SparsePlan, sparse: SparseOptions, progress: Progress | None) -> DeviceBundles:
+        """`sparse_mode.load_sparse` on a device."""
+        model, options = self._model, self._options
+        selectors, hints = load_with_hints(sparse, self._load_selectors, progress)
+        n_neurons = model.decoder.ffn.d_ff
+        bundles = DeviceBundles(
+            model,
+            self._device,
+            selectors=selectors,
+            hints=hints,
+            windows=[sparse.window.build(n_neurons, capacity) for capacity in plan.capacities],
+            capacities=plan.capacities,
+            tier_capacities=tier_capacities(model, options.host_memory),
+            open_reader=sparse.open_reader or bundle_opener(model),
+            overlap=sparse.overlap,
+            verify=options.verify,
+        )
+        try:
+            for layer, tokens in starting_tokens(model, sparse, plan.capacities):
+                bundles.preload(layer, tokens, progress)
+        except BaseException:
+            bundles.close()
+            raise
+        return bundles
+
+    def _load_selectors(self, choice: SelectorChoice, progress: Progress | None) -> list[TappedSelector]:
+        return load_device_selectors(self._model, choice, self.backend, verify=self._options.verify, progress=progress)
 
     def _landing_nbytes(self) -> int:
         if self._options.sparse is not None:
@@ -208,11 +241,6 @@ class DevicePlacement:
                 expected=f"at least {needed} bytes",
                 actual=self._options.memory,
             )
-
-    def _open_reader(self, path: Path) -> RangeReader:
-        infos = [info for info in self._model.layers if info.extent.path == path]
-        alignment = math.gcd(IO_ALIGNMENT, *(math.gcd(info.extent.offset, info.geometry.stride) for info in infos))
-        return open_reader(path, range_alignment=alignment)
 
 
 class _UploadedTable:

@@ -8,7 +8,7 @@ One sequence at a time: its KV cache is part of the plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -205,9 +205,7 @@ class Engine:
         """Bytes that `load` reports to its progress callback."""
         bundles = self.plan.pinned if isinstance(self.plan, MemoryPlan) else 0
         if isinstance(self.plan, SparsePlan) and self.options.sparse is not None:
-            # a device's slots are filled as bundles are wanted
-            sparse = replace(self.options.sparse, preload=self.options.sparse.preload and self._placement is None)
-            bundles = sparse_load_nbytes(self.model, sparse, self.plan.capacities)
+            bundles = sparse_load_nbytes(self.model, self.options.sparse, self.plan.capacities)
         return residents_nbytes(self.model) + bundles
 
     @property
@@ -243,6 +241,7 @@ class Engine:
         if self._placement is not None:
             loaded = self._placement.load(self.plan, progress)
             self._stack, self._kv_cache, self._bundles = loaded.stack, loaded.kv_cache, loaded.bundles
+            self._flash_table = loaded.flash_table
             return
         residents = Residents(
             self.model,

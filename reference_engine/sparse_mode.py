@@ -82,7 +82,7 @@ def sparse_selectors_nbytes(model: FlashModel, options: SparseOptions) -> int:
 def sparse_load_nbytes(model: FlashModel, options: SparseOptions, capacities: Sequence[int]) -> int:
     """Bytes that `load_sparse` reports to its progress callback with so many slots in each layer."""
     nbytes = sum(selectors_load_nbytes(model, choice) for choice in options.choices)
-    for layer, tokens in _likely_tokens(model, options, capacities):
+    for layer, tokens in starting_tokens(model, options, capacities):
         window = options.window.build(model.decoder.ffn.d_ff, capacities[layer])
         for active in tokens:
             window.step(active)
@@ -127,14 +127,11 @@ def load_sparse(
     FlashError
         If the selectors do not go with the model, or with each other.
     """
-    selectors = load_selectors(model, options.selector, backend, verify=verify, progress=progress)
-    if options.substitute is not None:
-        selectors = options.substitute(selectors)
-    hints: list[TappedSelector] | None = None
-    if options.prefetch is not None:
-        if any((s.tap.layer, s.tap.point) != (layer, "ffn_input") for layer, s in enumerate(selectors)):
-            raise PromptError("a selector that decides beside a prefetching one looks at the FFN input itself")
-        hints = load_selectors(model, options.prefetch, backend, verify=verify, progress=progress)
+
+    def load(choice: SelectorChoice, progress: Callable[[int], None] | None) -> list[TappedSelector]:
+        return load_selectors(model, choice, backend, verify=verify, progress=progress)
+
+    selectors, hints = load_with_hints(options, load, progress)
     n_neurons = model.decoder.ffn.d_ff
     bundles = SparseBundles(
         model,
@@ -147,7 +144,7 @@ def load_sparse(
         verify=verify,
     )
     try:
-        for layer, tokens in _likely_tokens(model, options, plan.capacities):
+        for layer, tokens in starting_tokens(model, options, plan.capacities):
             bundles.preload(layer, tokens, progress)
     except BaseException:
         bundles.close()
@@ -155,7 +152,31 @@ def load_sparse(
     return bundles
 
 
-def _likely_tokens(
+def load_with_hints(
+    options: SparseOptions,
+    load: Callable[[SelectorChoice, Callable[[int], None] | None], list[TappedSelector]],
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[TappedSelector], list[TappedSelector] | None]:
+    """The selectors that decide, and those whose choice is read ahead where there are such; `load` makes them.
+
+    Raises
+    ------
+    FlashReadError, ChecksumError
+        If what they need cannot be read.
+    FlashError
+        If they do not go with the model, or with each other.
+    """
+    selectors = load(options.selector, progress)
+    if options.substitute is not None:
+        selectors = options.substitute(selectors)
+    if options.prefetch is None:
+        return selectors, None
+    if any((s.tap.layer, s.tap.point) != (layer, "ffn_input") for layer, s in enumerate(selectors)):
+        raise PromptError("a selector that decides beside a prefetching one looks at the FFN input itself")
+    return selectors, load(options.prefetch, progress)
+
+
+def starting_tokens(
     model: FlashModel, options: SparseOptions, capacities: Sequence[int]
 ) -> Iterator[tuple[int, Iterator[Ids]]]:
     """(layer, made-up tokens that its window is to begin with), for the layers that the file has statistics of."""

@@ -2,6 +2,19 @@
 
 #define ATTEND_WARPS 4
 #define ATTEND_BATCH 4  // positions a warp looks at together
+#define ATTEND_STRETCH 128  // positions that one block attends to, while there are few queries
+#define ATTEND_BLOCKS 64    // stretches, and so blocks, of all queries of a head
+
+// Into how many stretches attention cuts the positions.
+__device__ __forceinline__ int stretches_of(int n_tokens, int n_positions) {
+    return min((n_positions + ATTEND_STRETCH - 1) / ATTEND_STRETCH, max(1, ATTEND_BLOCKS / n_tokens));
+}
+
+// out [n] = a + b; may write over either.
+extern "C" __global__ void add_values(const float* a, const float* b, int n, float* out) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = a[i] + b[i];
+}
 
 // Sum over a block of up to 32 whole warps; `shared` holds 32 floats. All threads get it.
 __device__ float block_sum(float value, float* shared) {
@@ -61,13 +74,15 @@ template <> struct Kept<1> {
     __device__ static Value put(float v) { return float_to_half(v); }
 };
 
-// Store new keys and values [n_new, n_kv_heads, width] behind `n_past` of a layer [n_kv_heads, capacity, width].
+// Store new keys and values [n_new, n_kv_heads, width] behind `n_past` of a layer [n_kv_heads, capacity, width]; `past`,
+// where it is not null, has their number instead, so that a captured launch serves every token.
 template <int IS_HALF>
 __device__ void append_kv(
-    const float* new_keys, const float* new_values, int n_new, int n_kv_heads, int width, int n_past, int capacity,
-    void* keys, void* values
+    const float* new_keys, const float* new_values, int n_new, int n_kv_heads, int width, const int* past,
+    int n_past, int capacity, void* keys, void* values
 ) {
     typedef Kept<IS_HALF> K;
+    if (past) n_past = *past;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n_new * n_kv_heads * width) return;
     const int column = i % width, head = i / width % n_kv_heads, token = i / width / n_kv_heads;
@@ -77,14 +92,19 @@ __device__ void append_kv(
 }
 
 // One query head (y) of one token (z) over one stretch of positions (x): unnormalised sum and its scale. A lane holds
-// VALUES values of a head, so that heads are up to 32 * VALUES wide.
+// VALUES values of a head, so that heads are up to 32 * VALUES wide. `past` as in `append_kv`; blocks that then have no
+// stretch do nothing.
 // partial [n_tokens, n_heads, n_stretches, width + 2]: largest score, sum of weights, weighted values.
 template <int IS_HALF, int VALUES>
 __device__ void attend(
     const float* q, const void* keys, const void* values, int n_heads, int n_kv_heads, int width, int capacity,
-    int n_past, int stretch, float scale, int window, float* partial
+    const int* past, int n_past, float scale, int window, float* partial
 ) {
     typedef Kept<IS_HALF> K;
+    if (past) n_past = *past;
+    const int n_positions = n_past + gridDim.z, n_stretches = stretches_of(gridDim.z, n_positions);
+    const int stretch = (n_positions + n_stretches - 1) / n_stretches;
+    if ((int)blockIdx.x >= n_stretches) return;
     __shared__ float best_of[ATTEND_WARPS], total_of[ATTEND_WARPS], mixed_of[ATTEND_WARPS][VALUES * WARP];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int head = blockIdx.y, token = blockIdx.z;
@@ -157,7 +177,7 @@ __device__ void attend(
         share[w] = total_of[w] > 0.0f || total_of[w] != total_of[w] ? expf(best_of[w] - peak) : 0.0f;
         sum += share[w] * total_of[w];
     }
-    float* to = partial + (((i64)token * n_heads + head) * gridDim.x + blockIdx.x) * (width + 2);
+    float* to = partial + (((i64)token * n_heads + head) * n_stretches + blockIdx.x) * (width + 2);
     if (threadIdx.x == 0) {
         to[0] = peak;
         to[1] = sum;
@@ -170,7 +190,10 @@ __device__ void attend(
 }
 
 // out [n_tokens * n_heads, width] from the stretches, in their order; a block takes one head of one token.
-extern "C" __global__ void attend_combine(const float* partial, int n_stretches, int width, float* out) {
+extern "C" __global__ void attend_combine(
+    const float* partial, int n_tokens, const int* past, int n_past, int width, float* out
+) {
+    const int n_stretches = stretches_of(n_tokens, (past ? *past : n_past) + n_tokens);
     const float* from = partial + (i64)blockIdx.x * n_stretches * (width + 2);
     float peak = -INFINITE, total = 0.0f;
     for (int s = 0; s < n_stretches; s++) {
@@ -193,10 +216,10 @@ extern "C" __global__ void attend_combine(const float* partial, int n_stretches,
 #define ATTEND_KERNEL(IS_HALF, VALUES, name)                                                                          \
     extern "C" __global__ void __launch_bounds__(ATTEND_WARPS* WARP) attend_##VALUES##_##name(                        \
         const float* q, const void* keys, const void* values, int n_heads, int n_kv_heads, int width, int capacity,   \
-        int n_past, int stretch, float scale, int window, float* partial                                              \
+        const int* past, int n_past, float scale, int window, float* partial                                          \
     ) {                                                                                                               \
         attend<IS_HALF, VALUES>(                                                                                      \
-            q, keys, values, n_heads, n_kv_heads, width, capacity, n_past, stretch, scale, window, partial            \
+            q, keys, values, n_heads, n_kv_heads, width, capacity, past, n_past, scale, window, partial               \
         );                                                                                                            \
     }
 
@@ -204,10 +227,10 @@ extern "C" __global__ void attend_combine(const float* partial, int n_stretches,
     ATTEND_KERNEL(IS_HALF, 4, name)                                                                                   \
     ATTEND_KERNEL(IS_HALF, 16, name)                                                                                  \
     extern "C" __global__ void append_kv_##name(                                                                      \
-        const float* new_keys, const float* new_values, int n_new, int n_kv_heads, int width, int n_past,             \
-        int capacity, void* keys, void* values                                                                        \
+        const float* new_keys, const float* new_values, int n_new, int n_kv_heads, int width, const int* past,        \
+        int n_past, int capacity, void* keys, void* values                                                            \
     ) {                                                                                                               \
-        append_kv<IS_HALF>(new_keys, new_values, n_new, n_kv_heads, width, n_past, capacity, keys, values);           \
+        append_kv<IS_HALF>(new_keys, new_values, n_new, n_kv_heads, width, past, n_past, capacity, keys, values);     \
     }
 
 KV_KERNELS(0, f32)

@@ -12,7 +12,7 @@ Knows: arrays and which kernel takes them. Does not know: files, layers, caches,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,7 +30,9 @@ from reference_engine.backends.protocol import (
     IdArray,
     LayerWeights,
     Matrix,
+    NormWeights,
     Pairing,
+    Selection,
     TokenPass,
 )
 
@@ -43,7 +45,8 @@ _WARP_THREADS: Final = 32
 _DOWN_THREADS: Final = 64
 _DOWN_GROUPS: Final = 4
 _ATTEND_THREADS: Final = 128
-_STRETCH: Final = 128  # positions that one block attends to, while there are few queries
+_STRETCH: Final = 128  # ATTEND_STRETCH
+_STRETCHES: Final = 64  # ATTEND_BLOCKS
 _COMPACT_THREADS: Final = 1024
 _THREADS: Final = 256
 _UNIT_WEIGHTS: Final = {Encoding.F32: 4, Encoding.F16: 8, Encoding.BF16: 8, Encoding.Q8: 16, Encoding.Q4: 16}
@@ -83,13 +86,24 @@ class _Bundles:
 
 
 class CupyBackend:
-    """`Backend` on a device."""
+    """`Backend` on a device.
+
+    Parameters
+    ----------
+    empty : makes arrays for results and what is between them, as `Device.empty` does, which is the default.
+
+    Attributes
+    ----------
+    uses_graphs : whether passes of one token are captured and replayed.
+    """
 
     name: Final = "cupy"
     n_threads: Final = 1
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, *, empty: Callable[..., DeviceArray] | None = None) -> None:
         self.device = device
+        self.uses_graphs = True
+        self._empty = empty or device.empty
 
     def prepare(self, encodings: Iterable[Encoding]) -> None:
         """See `Backend.prepare`; opening the device has compiled everything."""
@@ -101,7 +115,7 @@ class CupyBackend:
         n_tokens, n, n_rows = len(x), matrix.n_cols, matrix.n_rows
         _require(x, (n_tokens, n))
         if out is None:
-            out = self.device.empty((n_tokens, n_rows), f32)
+            out = self._empty((n_tokens, n_rows), f32)
         _require(out, (n_tokens, n_rows))
         _require(bias, (n_rows,))
         if not n_tokens or not n_rows:
@@ -124,7 +138,7 @@ class CupyBackend:
         """See `Backend.rows`. The ids lie on the host."""
         if ids.size and not 0 <= ids.min() <= ids.max() < matrix.n_rows:
             raise IndexError(f"row ids outside [0, {matrix.n_rows})")
-        out: F32Array = self.device.empty((len(ids), matrix.n_cols), f32)
+        out: F32Array = self._empty((len(ids), matrix.n_cols), f32)
         if len(ids):
             self._launch(
                 f"decode_rows_{matrix.encoding.value}", (len(ids), 1, 1), _THREADS,
@@ -134,11 +148,32 @@ class CupyBackend:
 
     def layer_norm(self, x: F32Array, weight: F32Array | None, bias: F32Array | None, eps: float) -> F32Array:
         """See `Backend.layer_norm`."""
-        return self._norm(x, weight, bias, eps, centred=True)
+        return self.normalised(x, NormWeights(True, eps, weight, bias))
 
     def rms_norm(self, x: F32Array, weight: F32Array | None, eps: float) -> F32Array:
         """See `Backend.rms_norm`."""
-        return self._norm(x, weight, None, eps, centred=False)
+        return self.normalised(x, NormWeights(False, eps, weight, None))
+
+    def normalised(self, x: F32Array, norm: NormWeights, out: F32Array | None = None) -> F32Array:
+        """Norm over the last axis of `x`, to `out` or a new array."""
+        width = x.shape[-1]
+        if out is None:
+            out = self._empty(x.shape, f32)
+        for array in (x, out):
+            _require(array, x.shape)
+        _require(norm.weight, (width,))
+        _require(norm.bias, (width,))
+        if x.size:
+            arguments = (x, i32(width), norm.weight, norm.bias, f32(norm.eps), i32(norm.centred), out)
+            self._launch("norm_rows", (x.size // width, 1, 1), _THREADS, *arguments)
+        return out
+
+    def add(self, x: F32Array, y: F32Array) -> None:
+        """Add `y` to `x`, of one shape."""
+        _require(x, x.shape)
+        _require(y, x.shape)
+        if x.size:
+            self._launch("add_values", (_blocks(x.size, _THREADS), 1, 1), _THREADS, x, y, i32(x.size), x)
 
     def rotate(self, x: F32Array, cos: F32Array, sin: F32Array, pairing: Pairing) -> None:
         """See `Backend.rotate`."""
@@ -163,8 +198,13 @@ class CupyBackend:
         keys: npt.NDArray[Any],
         values: npt.NDArray[Any],
         n_past: int,
+        *,
+        past: DeviceArray | None = None,
     ) -> None:
-        """Store [n_new, n_kv_heads, head_dim] behind `n_past` positions of [n_kv_heads, capacity, head_dim]."""
+        """Store [n_new, n_kv_heads, head_dim] behind `n_past` positions of [n_kv_heads, capacity, head_dim].
+
+        `past` as in `attend`.
+        """
         n_new, n_kv_heads, width = new_keys.shape
         _require(new_keys, new_keys.shape)
         _require(new_values, new_keys.shape)
@@ -174,8 +214,8 @@ class CupyBackend:
         if new_keys.size:
             self._launch(
                 f"append_kv_{name}", (_blocks(new_keys.size, _THREADS), 1, 1), _THREADS,
-                new_keys, new_values, i32(n_new), i32(n_kv_heads), i32(width), i32(n_past), i32(keys.shape[1]),
-                keys, values,
+                new_keys, new_values, i32(n_new), i32(n_kv_heads), i32(width), past, i32(n_past),
+                i32(keys.shape[1]), keys, values,
             )  # fmt: skip
 
     def attend(
@@ -187,8 +227,13 @@ class CupyBackend:
         n_past: int,
         scale: float,
         window: int | None = None,
+        past: DeviceArray | None = None,
     ) -> F32Array:
-        """See `Backend.attend`; heads are at most `MAX_HEAD_DIM` wide."""
+        """See `Backend.attend`; heads are at most `MAX_HEAD_DIM` wide.
+
+        `past`, int32 [1] on the device, takes the place of `n_past` where it is given; `n_past` is then the most that
+        it may be.
+        """
         n_tokens, n_heads, width = q.shape
         n_kv_heads, capacity, kv_width = keys.shape
         _require(q, q.shape)
@@ -197,23 +242,31 @@ class CupyBackend:
             raise ValueError(f"queries {q.shape}, keys {keys.shape} and values {values.shape} do not go together")
         if n_past < 0 or n_past + n_tokens > capacity:
             raise ValueError(f"{n_past + n_tokens} positions exceed the {capacity} that keys and values hold")
-        out: F32Array = self.device.empty(q.shape, f32)
+        out: F32Array = self._empty(q.shape, f32)
         if not q.size:
             return out
         n_stretches = attention_stretches(n_tokens, n_past + n_tokens)
-        stretch = _blocks(n_past + n_tokens, n_stretches)
-        partial = self.device.empty((n_tokens, n_heads, n_stretches, width + 2), f32)
+        partial = self._empty((n_tokens, n_heads, n_stretches, width + 2), f32)
         self._launch(
             f"attend_{4 if width <= 4 * _WARP_THREADS else 16}_{name}", (n_stretches, n_heads, n_tokens),
-            _ATTEND_THREADS, q, keys, values, i32(n_heads), i32(n_kv_heads), i32(width), i32(capacity), i32(n_past),
-            i32(stretch), f32(scale), i32(window or 0), partial,
+            _ATTEND_THREADS, q, keys, values, i32(n_heads), i32(n_kv_heads), i32(width), i32(capacity), past,
+            i32(n_past), f32(scale), i32(window or 0), partial,
         )  # fmt: skip
         grid = (n_tokens * n_heads, 1, 1)
-        self._launch("attend_combine", grid, _ATTEND_THREADS, partial, i32(n_stretches), i32(width), out)
+        arguments = (partial, i32(n_tokens), past, i32(n_past), i32(width), out)
+        self._launch("attend_combine", grid, _ATTEND_THREADS, *arguments)
         return out
 
     def bind_layers(self, layers: Sequence[LayerWeights]) -> TokenPass | None:
-        """See `Backend.bind_layers`."""
+        """See `Backend.bind_layers`; None where RMS norms have a bias."""
+        from reference_engine.backends.cupy_pass import CupyPass, is_bindable
+
+        return CupyPass(self, layers) if all(map(is_bindable, layers)) else None
+
+    def bind_selector(
+        self, matrices: Sequence[Matrix], bias: F32Array | None, cut: float, *, signed: bool
+    ) -> Selection | None:
+        """See `Backend.bind_selector`: a device's selectors are its own."""
         return None
 
     def ffn(
@@ -246,6 +299,33 @@ class CupyBackend:
         else:
             self._ffn_many(bundles, x, out)
 
+    def activate(
+        self,
+        activation: Activation,
+        x: F32Array,
+        up_activation: Activation | None = None,
+        up: F32Array | None = None,
+    ) -> F32Array:
+        """Apply an activation to a finished projection, in place; with `up`, multiply by that, activated.
+
+        Parameters
+        ----------
+        x, up : float32 of one shape; what is behind the gate, and the up projection, where there is a gate.
+
+        Returns
+        -------
+        `x`, or `up`, which then has the product.
+        """
+        _require(x, x.shape)
+        _require(up, x.shape)
+        out = x if up is None else up
+        gate = None if up is None else x
+        functions = (*_function(activation), *_function(up_activation or activation))
+        if x.size:
+            grid = (_blocks(x.size, _THREADS), 1, 1)
+            self._launch("ffn_activate", grid, _THREADS, gate, out, i32(x.size), *functions, out)
+        return out
+
     def active_ids(self, scores: F32Array, cut: float, *, magnitude: bool = False) -> npt.NDArray[np.int32]:
         """Neurons whose score exceeds `cut` for any token: found on the device, handed to the host. Waits for them.
 
@@ -260,7 +340,7 @@ class CupyBackend:
         """
         n_tokens, n = scores.shape
         _require(scores, (n_tokens, n))
-        found = self.device.empty((1 + n,), i32)
+        found = self._empty((1 + n,), i32)
         arguments = (scores, i32(n_tokens), i32(n), f32(cut), i32(magnitude), found)
         self._launch("compact_active", (1, 1, 1), _COMPACT_THREADS, *arguments)
         host = self.device.download(found)
@@ -272,7 +352,7 @@ class CupyBackend:
         width = _tokens_at_once(n_tokens)
         stored = (bundles.rows, i64(shape.stride), bundles.slots)
         aligned = i32(self._is_aligned(bundles.rows, shape.stride, shape.part, x))
-        h = self.device.empty((n_tokens, n), f32)
+        h = self._empty((n_tokens, n), f32)
         self._launch(
             f"ffn_up_{'gated' if shape.is_gated else 'plain'}_{width}_{name}",
             (_blocks(n, _WARPS), _blocks(n_tokens, width), 1), _WARPS * _WARP_THREADS,
@@ -280,7 +360,7 @@ class CupyBackend:
             bundles.gate_bias, bundles.up_bias, *_functions(shape), aligned, h,
         )  # fmt: skip
         n_blocks = _blocks(n, FFN_BLOCK_NEURONS)
-        partial = self.device.empty((n_blocks, n_tokens, d_model), f32)
+        partial = self._empty((n_blocks, n_tokens, d_model), f32)
         columns = _DOWN_THREADS * _UNIT_WEIGHTS[shape.encoding]
         self._launch(
             f"ffn_down_{width}_{name}",
@@ -294,14 +374,15 @@ class CupyBackend:
     def _ffn_many(self, bundles: _Bundles, x: DeviceArray, out: DeviceArray) -> None:
         shape, n = bundles.shape, bundles.n
         n_tokens, d_model = len(x), shape.d_model
-        gate = self.device.empty((n_tokens, n), f32) if shape.is_gated else None
-        up = self.device.empty((n_tokens, n), f32)
+        gate = self._empty((n_tokens, n), f32) if shape.is_gated else None
+        up = self._empty((n_tokens, n), f32)
         if gate is not None:
             self._matmul_many(bundles.projection(0), x, bundles.gate_bias, gate)
         self._matmul_many(bundles.projection(len(shape.parts) - 2), x, bundles.up_bias, up)
-        n_values = n_tokens * n
-        grid = (_blocks(n_values, _THREADS), 1, 1)
-        self._launch("ffn_activate", grid, _THREADS, gate, up, i32(n_values), *_functions(shape), up)
+        if gate is None:
+            self.activate(shape.activation, up)
+        else:
+            self.activate(shape.activation, gate, shape.up_activation, up)
         self._launch(
             f"ffn_down_many_{shape.encoding.value}", (_blocks(d_model, _TILE), _blocks(n_tokens, _TILE), 1),
             _TILE_THREADS, bundles.rows, i64(shape.stride), bundles.slots, _down_offset(shape), i32(n), i32(d_model),
@@ -314,19 +395,6 @@ class CupyBackend:
             rows.base, i64(rows.stride), rows.slots, i64(rows.part), i32(rows.n_rows), i32(rows.n), x, i32(len(x)),
             bias, out,
         )  # fmt: skip
-
-    def _norm(
-        self, x: F32Array, weight: F32Array | None, bias: F32Array | None, eps: float, *, centred: bool
-    ) -> F32Array:
-        width = x.shape[-1]
-        _require(x, x.shape)
-        _require(weight, (width,))
-        _require(bias, (width,))
-        out: F32Array = self.device.empty(x.shape, f32)
-        if x.size:
-            grid = (x.size // width, 1, 1)
-            self._launch("norm_rows", grid, _THREADS, x, i32(width), weight, bias, f32(eps), i32(centred), out)
-        return out
 
     def _checked_slots(self, slots: Any, n_rows: int) -> DeviceArray:
         if slots.dtype != i32 or slots.ndim != 1 or not slots.flags.c_contiguous:
@@ -352,7 +420,7 @@ class CupyBackend:
 
 def attention_stretches(n_tokens: int, n_positions: int) -> int:
     """Into how many stretches attention cuts the positions: enough blocks for the device, bounded scratch."""
-    return min(_blocks(n_positions, _STRETCH), max(1, _TILE // n_tokens))
+    return min(_blocks(n_positions, _STRETCH), max(1, _STRETCHES // n_tokens))
 
 
 def _tokens_at_once(n_tokens: int) -> int:

@@ -11,6 +11,7 @@ Knows: arrays, bytes, queues. Does not know: weights, layers. Imports nothing of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 DeviceArray = Any
 Event = Any
+Graph = Any
 Queue = Literal["compute", "copy"]
 Bytes = npt.NDArray[np.uint8]
 
@@ -28,6 +30,11 @@ class Device(Protocol):
     @property
     def name(self) -> str:
         """What the device calls itself."""
+        ...
+
+    @property
+    def context_nbytes(self) -> int | None:
+        """Bytes of device memory that the driver takes for this process beside arrays; None where unknown."""
         ...
 
     def memory(self) -> tuple[int, int]:
@@ -47,7 +54,15 @@ class Device(Protocol):
         ...
 
     def upload(self, host: npt.NDArray[Any]) -> DeviceArray:
-        """A new device array with the values of `host`, which may change as soon as this returns."""
+        """A new device array with the values of `host`: pageable memory that may change as soon as this returns."""
+        ...
+
+    def write(self, target: DeviceArray, host: npt.NDArray[Any]) -> None:
+        """Give a C-contiguous array the values of `host`, of its shape and type, in the compute queue; see `upload`."""
+        ...
+
+    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
+        """Copy a C-contiguous array to another of its size, in the compute queue."""
         ...
 
     def download(self, array: DeviceArray) -> npt.NDArray[Any]:
@@ -75,6 +90,18 @@ class Device(Protocol):
         n_threads : of a block.
         arguments : arrays and views for pointers, None for null, numpy scalars of the C type for the others.
         """
+        ...
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """All that `work` launches, copies and sets to zero in the compute queue, to be done by `replay`.
+
+        Nothing of it is done now. Every array it names must live as long as the graph; `work` must not wait, upload or
+        download, and its kernels have run before.
+        """
+        ...
+
+    def replay(self, graph: Graph) -> None:
+        """Do what was captured, in the compute queue, with the same arguments: one launch."""
         ...
 
     def record(self, queue: Queue) -> Event:

@@ -55,6 +55,8 @@ def test_constants_agree_with_those_of_the_kernels():
         "DOWN_THREADS": cupy_backend._DOWN_THREADS,
         "DOWN_GROUPS": cupy_backend._DOWN_GROUPS,
         "COMPACT_THREADS": cupy_backend._COMPACT_THREADS,
+        "ATTEND_STRETCH": cupy_backend._STRETCH,
+        "ATTEND_BLOCKS": cupy_backend._STRETCHES,
     }.items():
         assert int(constants[name]) == value
     assert int(constants["ATTEND_WARPS"]) * 32 == cupy_backend._ATTEND_THREADS

@@ -28,10 +28,12 @@ class EmulatedDevice:
     """
 
     name = "emulated"
+    context_nbytes = None
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.n_launches = 0
+        self.captured = None
         self.in_use = 0
         self.most = 1 << 40
 
@@ -64,7 +66,22 @@ class EmulatedDevice:
         array[...] = host
         return array
 
+    def write(self, target, host):
+        assert self.captured is None
+        assert (target.shape, target.dtype) == (host.shape, host.dtype)
+        target[...] = host
+
+    def copy(self, target, source):
+        assert target.nbytes == source.nbytes
+        assert target.flags.c_contiguous
+        assert source.flags.c_contiguous
+        if self.captured is not None:
+            self.captured.append(lambda: self.copy(target, source))
+        else:
+            target.reshape(-1)[:] = source.reshape(-1).view(target.dtype)
+
     def download(self, array):
+        assert self.captured is None
         return array.copy()
 
     def pinned(self, nbytes):
@@ -80,6 +97,10 @@ class EmulatedDevice:
         return array.ctypes.data
 
     def launch(self, kernel, grid, n_threads, *arguments, queue):
+        if self.captured is not None:
+            assert queue == "compute"
+            self.captured.append(lambda: self.launch(kernel, grid, n_threads, *arguments, queue=queue))
+            return
         values = []
         for value in arguments:
             if value is None or isinstance(value, np.ndarray):
@@ -89,6 +110,19 @@ class EmulatedDevice:
         pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         getattr(self.library, f"launch_{kernel}")((ctypes.c_uint * 3)(*grid), n_threads, pointers)
         self.n_launches += 1
+
+    def capture(self, work):
+        """As on a GPU, a graph keeps addresses only: the arrays that it names may be gone when it is replayed."""
+        self.captured = []
+        try:
+            work()
+            return self.captured
+        finally:
+            self.captured = None
+
+    def replay(self, graph):
+        for step in graph:
+            step()
 
     def record(self, queue):
         return (queue, self.n_launches)

@@ -1,13 +1,15 @@
 """The engine on a device against the CPU's: logits at every budget and encoding, the window's trace, its failures."""
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
 
 import reference_engine.engine as engine_module
 from flashfmt.convert import convert
-from flashfmt.errors import BudgetError, ChecksumError, FlashError, PromptError
+from flashfmt.errors import BudgetError, ChecksumError, PromptError
+from reference_engine.calibration import CalibrationOptions, calibrate
 from reference_engine.device_placement import CONTEXT_NBYTES
 from reference_engine.engine import Engine, EngineOptions
 from reference_engine.neuron_window import parse_window
@@ -25,6 +27,16 @@ def on_this_device(device, monkeypatch):
     if device.name == "emulated":
         monkeypatch.setattr(device, "most", device.most)  # what a test sets ends with it
         monkeypatch.setattr(engine_module, "open_cuda_device", lambda: device)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_flash, write_text, tmp_path_factory):
+    """A tiny OPT with predictors and statistics."""
+    path = tmp_path_factory.mktemp("preloading") / "opt.flash"
+    options = CalibrationOptions(n_tokens=1280, epochs=0, rank=8)
+    engine = EngineOptions(memory=4 << 30, backend="numpy")
+    calibrate(tiny_flash("opt"), [write_text(1, 1300)], path, options=options, engine=engine)
+    return path
 
 
 @contextlib.contextmanager
@@ -157,14 +169,71 @@ def test_what_cannot_be_done_is_refused_before_loading(synthetic, device):
     for options in (
         {"device": "cuda", "host_memory": 1 << 20},
         {"device": "cpu", "vram": 1 << 30},
-        {"device": "cuda", "sparse": SparseOptions(parse_selector("all"), prefetch=parse_selector("lowbit:q4"))},
     ):
         with pytest.raises(PromptError):
             Engine(path, EngineOptions(**options))
     with pytest.raises(BudgetError, match="DRAM"):
         Engine(path, EngineOptions(device="cuda", vram=ROOM, memory=1 << 20))
+    sparse = SparseOptions(parse_selector("lowbit:q8@previous"), prefetch=parse_selector("lowbit:q4"))
     with (
-        Engine(path, EngineOptions(device="cuda", sparse=SparseOptions(parse_selector("oracle")))) as engine,
-        pytest.raises(FlashError, match="selector"),
+        Engine(path, EngineOptions(device="cuda", sparse=sparse)) as engine,
+        pytest.raises(PromptError, match="prefetching"),
     ):
         engine.load()
+
+
+@pytest.mark.usefixtures("on_this_device")
+@pytest.mark.parametrize("kind", ["plain", "gated"])
+@pytest.mark.parametrize("selector", ["threshold:0.02", "oracle", "oracle:0.01", "threshold:0.02@attention_input"])
+def test_selectors_that_compute_are_those_of_the_cpu(synthetic, relative_error, kind, selector):
+    sparse = SparseOptions(parse_selector(selector), window=parse_window("lru"))
+    (expected, cpu), (actual, gpu), _ = cpu_and_device_traces(synthetic(kind, "f32"), sparse, vram=ROOM)
+    assert relative_error(actual, expected) <= 1e-4
+    n_active = 0
+    for one, other in zip(cpu, gpu, strict=True):
+        for a, b in zip(one.layers, other.layers, strict=True):
+            assert len(np.setxor1d(a.active, b.active)) <= 2  # values that are the threshold but for rounding
+            n_active += len(a.active)
+    assert n_active > 0
+
+
+@pytest.mark.usefixtures("on_this_device")
+@pytest.mark.parametrize("tier", [0, 1 << 16])
+@pytest.mark.parametrize("hint", ["lowbit:q8:0.001@previous", "lowbit:q4:0.2@attention_input", "all"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_what_is_read_ahead_decides_nothing(synthetic, relative_error, monkeypatch, tier, hint, overlap):
+    path = synthetic("plain", "f16")
+    monkeypatch.setattr("reference_engine.sparse_plan.MIN_SLOTS", 400)
+    monkeypatch.setattr("reference_engine.device_layer.GROUP_BUNDLES", 16)  # more groups than buffers
+    sparse = SparseOptions(
+        parse_selector("lowbit:q8:0.001"), parse_selector(hint), window=parse_window("lru"), overlap=overlap
+    )
+    with Engine(path, EngineOptions(context_tokens=32, device="cuda", vram=ROOM, sparse=sparse)) as probe:
+        floor = probe.plan.floor
+    (expected, cpu), (actual, gpu), _ = cpu_and_device_traces(path, sparse, vram=floor, host_memory=tier)
+    assert relative_error(actual, expected) <= 1e-4
+    for one, other in zip(cpu, gpu, strict=True):
+        for a, b in zip(one.layers, other.layers, strict=True):
+            assert np.array_equal(a.active, b.active)
+            assert b.figures.n_hits + b.figures.n_missing <= b.figures.n_active
+    if hint != "all":
+        assert sum(step.figures.n_prefetched for record in gpu for step in record.layers) > 0
+
+
+@pytest.mark.usefixtures("on_this_device")
+def test_slots_begin_with_the_neurons_that_fire_most(calibrated):
+    sparse = SparseOptions(parse_selector("file"), window=parse_window("lru"))
+    hits = {}
+    for preload in (False, True):
+        options = EngineOptions(device="cuda", vram=ROOM, sparse=dataclasses.replace(sparse, preload=preload))
+        with Engine(calibrated, options) as engine:
+            seen, passes = [], []
+            announced = engine.load_nbytes
+            engine.load(seen.append)
+            assert abs(sum(seen) - announced) <= 4096 * len(seen)
+            engine.sparse.watch(passes.append)
+            engine.start().feed([5])
+            hits[preload] = sum(step.figures.n_hits for step in passes[0].layers)
+            n_active = sum(step.figures.n_active for step in passes[0].layers)
+    assert hits[False] == 0
+    assert hits[True] > 0.6 * n_active

@@ -1,0 +1,305 @@
+"""The bundles of one layer in device memory, kept in step: what the window holds, which slot has it, what is read.
+
+`fetch` takes the neurons that are wanted, steps the window, moves what leaves to the second tier and what is found
+there back, and begins to read the others. What cannot be read, or does not match its checksum, is rolled back.
+
+Knows: one layer. Does not know: how neurons are selected, arithmetic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from flashfmt import BundlesInfo
+from flashfmt.errors import FlashError, FlashReadError
+from reference_engine.backends.cupy_protocol import Bytes, Device, DeviceArray
+from reference_engine.bundle_checksums import Verify, require_checksums
+from reference_engine.device_landing import Arriving, LandingRing
+from reference_engine.device_slots import Slots, SlotTable, VictimTable
+from reference_engine.flash_io import RangeReader
+from reference_engine.layer_bundles import Costs
+from reference_engine.neuron_window import Ids, NeuronWindow
+
+GROUP_BUNDLES: Final = 128  # what arrives together is copied and computed together
+_COPY_THREADS: Final = 128
+
+
+class DeviceLayer:
+    """Bundles of one layer on the device.
+
+    Parameters
+    ----------
+    ring : where what is read lands; shared by all layers.
+    n_slots, n_tier_slots : bundles that the device has room for, and the second tier behind it.
+    checksums : uint32 [n_neurons] of the layer.
+    verify : check bundles never, when they first arrive, or whenever they arrive.
+    reader : of the layer's file.
+
+    Attributes
+    ----------
+    rows : uint8 [n_slots, stride] on the device.
+    """
+
+    def __init__(
+        self,
+        info: BundlesInfo,
+        device: Device,
+        ring: LandingRing,
+        *,
+        window: NeuronWindow,
+        n_slots: int,
+        n_tier_slots: int,
+        checksums: npt.NDArray[np.uint32],
+        verify: Verify,
+        reader: RangeReader,
+    ) -> None:
+        n_neurons, stride = info.geometry.n_neurons, info.geometry.stride
+        self.info = info
+        self.device = device
+        self.ring = ring
+        self.window = window
+        self.n_slots = n_slots
+        self.rows = device.empty((n_slots, stride), np.uint8)
+        self._table = SlotTable(n_slots, n_neurons)
+        self._tier = VictimTable(n_tier_slots, n_neurons) if n_tier_slots else None
+        self._tier_rows = device.pinned(n_tier_slots * stride).reshape(n_tier_slots, stride) if n_tier_slots else None
+        self._checksums = checksums
+        self._verify = verify
+        self._is_verified = np.zeros(n_neurons, np.bool_)
+        self._reader = reader
+
+    def fetch(self, wanted: Ids, *, ahead: bool = False) -> DeviceFetch:
+        """Hold the neurons `wanted`, and begin to read those that are not held. No other fetch may be unfinished.
+
+        Parameters
+        ----------
+        wanted : sorted, unique, at most as many as there are slots.
+        ahead : let everything that is read for a layer in work go first.
+
+        Raises
+        ------
+        FlashReadError
+            If the reader is closed. What reading itself meets is raised by `DeviceFetch.arrivals`.
+        """
+        began = time.perf_counter()
+        step = self.window.step(wanted)
+        given_up = self._table.release(step.evicted)
+        self._table.assign(step.missing)
+        found, found_in, kept, kept_in = self._exchange(step.missing, step.evicted)
+        missing = np.setdiff1d(step.missing, found, assume_unique=True)
+        order = np.concatenate((np.setdiff1d(wanted, missing, assume_unique=True), missing))
+        ids, slots, kept_from, kept_to, found_from, found_to = self._upload(
+            order, self._table.slots(order), given_up[len(given_up) - len(kept) :], kept_in,
+            found_in, self._table.slots(found),
+        )  # fmt: skip
+        self.device.wait("copy", self.device.record("compute"))  # launched kernels may still read given up slots
+        self._move(self.rows, kept_from, self._tier_rows, kept_to)
+        self._move(self._tier_rows, found_from, self.rows, found_to)
+        if len(kept) or len(found):
+            self.device.wait("compute", self.device.record("copy"))
+        fetch = DeviceFetch(self, order, len(order) - len(missing), ids, slots, ahead=ahead)
+        fetch.n_hits, fetch.n_evicted, fetch.n_found = len(step.hits), len(step.evicted), len(found)
+        fetch.costs = Costs(upkeep_seconds=time.perf_counter() - began)
+        fetch.begin()
+        return fetch
+
+    def preload(self, tokens: Iterable[Ids]) -> DeviceFetch:
+        """Hold what the window holds behind some tokens that nothing is computed of, and begin to read it.
+
+        Nothing must have been fetched before.
+
+        Raises
+        ------
+        FlashReadError
+            If the reader is closed.
+        """
+        for active in tokens:
+            step = self.window.step(active)
+            self._table.release(step.evicted)
+            self._table.assign(step.missing)
+        held = self.window.held()
+        ids, slots = self._upload(held, self._table.slots(held))
+        self.device.wait("copy", self.device.record("compute"))
+        fetch = DeviceFetch(self, held, 0, ids, slots, ahead=False)
+        fetch.begin()
+        return fetch
+
+    def begin(self, ids: Ids, *, ahead: bool) -> Arriving:
+        """Begin to read bundles to a buffer of the ring."""
+        stride = self.info.geometry.stride
+        offsets = ids.astype(np.int64) * stride + self.info.extent.offset
+        return self.ring.begin(self._reader, offsets, stride, ahead=ahead)
+
+    def land(self, ids: Ids, arriving: Arriving, slots: DeviceArray) -> Costs:
+        """Wait for bundles, check them, and begin to copy them to their slots; later kernels find them there.
+
+        Raises
+        ------
+        FlashReadError, ChecksumError
+        """
+        began = time.perf_counter()
+        try:
+            self.ring.wait(arriving)
+        except FlashReadError as error:
+            raise _named(error, self.info, ids) from error
+        arrived = time.perf_counter()
+        self._check(ids, arriving.data.reshape(len(ids), self.info.geometry.stride))
+        checked = time.perf_counter()
+        self._move(self.ring.send(arriving), None, self.rows, slots)
+        self.device.wait("compute", self.device.record("copy"))
+        plan = arriving.pending.plan
+        return Costs(
+            wait_seconds=arrived - began,
+            check_seconds=checked - arrived,
+            upkeep_seconds=time.perf_counter() - checked,
+            n_requests=len(plan),
+            bytes_read=int(plan.nbytes.sum()),
+        )
+
+    def forget(self, ids: Ids) -> None:
+        """No longer hold neurons whose bundles did not come."""
+        if len(ids):
+            self.window.forget(ids)
+            self._table.release(ids)
+
+    def _exchange(self, missing: Ids, evicted: Ids) -> tuple[Ids, Slots, Ids, Slots]:
+        """What the second tier hands out of `missing` and takes in of `evicted`; nothing where there is none."""
+        if self._tier is None:
+            nothing = missing[:0]
+            return nothing, nothing, nothing, nothing
+        return self._tier.exchange(missing, evicted)
+
+    def _upload(self, *lists: Slots) -> list[DeviceArray]:
+        """Several int32 lists in one copy."""
+        together = self.device.upload(np.concatenate(lists))
+        ends = np.cumsum([len(part) for part in lists]).tolist()
+        return [together[end - len(part) : end] for part, end in zip(lists, ends, strict=True)]
+
+    def _check(self, ids: Ids, rows: Bytes) -> None:
+        if self._verify == "never":
+            return
+        places = np.arange(len(ids)) if self._verify == "always" else np.flatnonzero(~self._is_verified[ids])
+        require_checksums(self.info, ids[places].tolist(), (rows[place] for place in places), self._checksums)
+        self._is_verified[ids] = True
+
+    def _move(self, source: Any, source_slots: Any, target: Any, target_slots: DeviceArray) -> None:
+        """Begin to copy rows from slots (row after row where None) to slots, in the copy queue."""
+        n, stride = len(target_slots), np.int64(self.info.geometry.stride)
+        if n:
+            arguments = (source, source_slots, target, target_slots, stride, stride)
+            self.device.launch("move_rows", (n, 1, 1), _COPY_THREADS, *arguments, queue="copy")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Bundles that are read together, and where they are in their fetch."""
+
+    place: slice
+    arriving: Arriving
+
+
+class DeviceFetch:
+    """Bundles on their way: the first `n_there` are there at once, the others arrive group by group.
+
+    Attributes
+    ----------
+    ids, slots : int32 of all of them, on the device, in the order in which they come.
+    n_missing : bundles that have to be read.
+    n_hits, n_evicted, n_found : bundles that were held, that left, and that the second tier had.
+    costs : so far.
+    """
+
+    def __init__(
+        self, layer: DeviceLayer, order: Ids, n_there: int, ids: DeviceArray, slots: DeviceArray, *, ahead: bool
+    ) -> None:
+        self.ids = ids
+        self.slots = slots
+        self.n_there = n_there
+        self.n_missing = len(order) - n_there
+        self.n_hits = self.n_evicted = self.n_found = 0
+        self.costs = Costs()
+        self._layer = layer
+        self._order = order
+        self._is_ahead = ahead
+        self._n_begun = n_there
+        self._groups: deque[_Group] = deque()
+
+    def begin(self) -> None:
+        """Begin to read as many groups as the ring has room for.
+
+        Raises
+        ------
+        FlashReadError
+            If the reader is closed; the fetch is finished then.
+        """
+        try:
+            while self._n_begun < len(self._order) and self._layer.ring.has_room(ahead=self._is_ahead):
+                place = slice(self._n_begun, min(self._n_begun + GROUP_BUNDLES, len(self._order)))
+                self._groups.append(_Group(place, self._layer.begin(self._order[place], ahead=self._is_ahead)))
+                self._n_begun = place.stop
+        except BaseException:
+            self.finish()
+            raise
+
+    def arrivals(self) -> Iterator[slice]:
+        """Where in `ids` and `slots` bundles are that have arrived, group by group. The layer is in work from now on.
+
+        Raises
+        ------
+        FlashReadError, ChecksumError
+            Naming layer, neuron and byte offset. The fetch is finished then.
+        """
+        self._is_ahead = False
+        self.begin()
+        while self._groups:
+            group = self._groups.popleft()
+            try:
+                self._land(group)
+            except BaseException:
+                self.finish(lost=group)
+                raise
+            self.begin()
+            yield group.place
+
+    def finish(self, lost: _Group | None = None) -> None:
+        """Keep what has arrived, give up the rest, and roll back what is not there, without a word.
+
+        Parameters
+        ----------
+        lost : to be rolled back as well.
+        """
+        absent = [self._order[self._n_begun :]] + ([self._order[lost.place]] if lost is not None else [])
+        self._n_begun = len(self._order)
+        while self._groups:
+            group = self._groups.popleft()
+            group.arriving.pending.is_cancelled = not group.arriving.pending.is_done
+            try:
+                self._land(group)
+            except FlashError:
+                absent.append(self._order[group.place])
+        self._layer.forget(np.concatenate(absent))
+
+    def _land(self, group: _Group) -> None:
+        ids = self._order[group.place]
+        try:
+            if group.arriving.pending.is_cancelled:
+                with suppress(FlashReadError):
+                    self._layer.ring.wait(group.arriving)
+                raise FlashReadError("reading was given up", path=self._layer.info.extent.path)
+            self.costs += self._layer.land(ids, group.arriving, self.slots[group.place])
+        finally:
+            self._layer.ring.release(group.arriving)
+
+
+def _named(error: FlashReadError, info: BundlesInfo, ids: Ids) -> FlashReadError:
+    """`error`, with the layer and the neurons concerned."""
+    message = f"bundles of layer {info.layer}, neurons {ids[0]} to {ids[-1]}, cannot be read: {error.message}"
+    return FlashReadError(message, path=info.extent.path, where=error.where)
