@@ -96,6 +96,14 @@ class ExactBundles:
         """Nothing to look ahead for: every neuron is wanted anyway."""
         return ()
 
+    @property
+    def reads_ahead(self) -> bool:
+        """The stream has a thread of its own."""
+        return False
+
+    def carry_on(self) -> None:
+        """Nothing to do."""
+
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
         """Nothing asks for it."""
 

@@ -217,6 +217,11 @@ class Fetch:
                 raise failures[0]
             yield group.ids, group.slots
 
+    def carry_on(self) -> None:
+        """Let the reads go on, without waiting for them."""
+        if self._n_ended < len(self._groups):
+            self._groups[-1].pending.look()
+
     def finish(self, *, cancel: bool, lost: Ids | None = None) -> None:
         """Wait for what is under way and roll back what failed, without a word: nobody computed with it.
 

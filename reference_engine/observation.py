@@ -230,6 +230,13 @@ class _ObservedFfn:
     def taps(self, layer: int) -> tuple[TapPoint, ...]:
         return ("attention_input", "attention_output", "ffn_input")
 
+    @property
+    def reads_ahead(self) -> bool:
+        return False
+
+    def carry_on(self) -> None:
+        pass
+
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
         if self.observer is not None:
             self.observer.tap(layer, point, x)

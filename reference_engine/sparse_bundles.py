@@ -79,6 +79,7 @@ class SparseBundles:
         self._readers: dict[Path, RangeReader] = {}
         self._states = [_LayerState() for _ in model.layers]
         self._layers: list[LayerBundles] = []
+        self._newest: Fetch | None = None  # of those read ahead
         self._steps: list[LayerStep] = []
         self._observers: list[Observer] = []
         self.totals = SparseTotals(len(model.layers))
@@ -143,6 +144,16 @@ class SparseBundles:
     def taps(self, layer: int) -> tuple[TapPoint, ...]:
         """What look-ahead selectors wait for; `blocks` shows them FFN inputs, once the layer's own reads have begun."""
         return self._taps[layer]
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether there are look-ahead selectors."""
+        return bool(self._ahead)
+
+    def carry_on(self) -> None:
+        """Push what did not fit into the device's queue at once."""
+        if self._newest is not None:
+            self._newest.carry_on()
 
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
         """Select ahead for the layers whose look-ahead selectors wait for this activation."""
@@ -227,7 +238,7 @@ class SparseBundles:
             if self._hints is None:
                 state.selected = chosen
             if len(chosen) <= held.cache.capacity:
-                state.on_the_way = held.fetch(chosen, ahead=True)
+                state.on_the_way = self._newest = held.fetch(chosen, ahead=True)
 
     def _end_layer(self, step: LayerStep, n_tokens: int) -> None:
         self._steps.append(step)

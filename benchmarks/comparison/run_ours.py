@@ -66,6 +66,14 @@ class MappedBundles:
         """Nothing to look ahead for."""
         return ()
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Nothing is read."""
+        return False
+
+    def carry_on(self) -> None:
+        """Nothing to do."""
+
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
         """Nothing asks for it."""
 

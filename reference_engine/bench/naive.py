@@ -203,6 +203,13 @@ class _ReadingAttention:
     def taps(self, layer: int) -> tuple[TapPoint, ...]:
         return ("attention_input",)
 
+    @property
+    def reads_ahead(self) -> bool:
+        return False
+
+    def carry_on(self) -> None:
+        pass
+
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
         self._tensors.load_layer(layer)
 

@@ -129,10 +129,14 @@ class Pending:
     @property
     def is_done(self) -> bool:
         """Whether ``wait`` would return, or raise, at once."""
+        self.look()
+        return self.has_ended
+
+    def look(self) -> None:
+        """Carry the reader's batches on as far as goes without waiting."""
         driver = self.driver
         if driver is not None and not self.has_ended:
             driver.look()
-        return self.has_ended
 
     def wait(self) -> None:
         """Return when every range is in its slot. May be called more than once.

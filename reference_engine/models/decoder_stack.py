@@ -130,6 +130,9 @@ class DecoderStack:
                 bundles.tap(index, "attention_input", token.attention_input)
             if token.computes_ffn(index) and not taps:
                 continue
+            if bundles.reads_ahead:
+                token.advance(index, Step.PROJECTIONS)
+                bundles.carry_on()
             token.advance(index, Step.FFN_INPUT)
             if "attention_output" in taps:
                 bundles.tap(index, "attention_output", token.attention_output)

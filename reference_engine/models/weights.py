@@ -38,6 +38,15 @@ class BundleSource(Protocol):
         """What to show of a layer."""
         ...
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether reads are under way while attention is computed: `carry_on` is then to be called in between."""
+        ...
+
+    def carry_on(self) -> None:
+        """Let reads go on that nobody waits for yet."""
+        ...
+
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
         """Show an activation [n_tokens, d_model] that `taps` names, as soon as it is known; valid during the call."""
         ...

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from flashfmt.errors import BudgetError, ChecksumError, FlashReadError, PromptEr
 from reference_engine import engine as engine_module
 from reference_engine.activity_trace import TraceHeader, TraceWriter
 from reference_engine.engine import Engine, EngineOptions
-from reference_engine.flash_io import open_reader
+from reference_engine.flash_io import IoTuning, open_reader
+from reference_engine.layer_bundles import Fetch
 from reference_engine.neuron_window import parse_window
 from reference_engine.selectors import parse_selector
 from reference_engine.sparse_mode import SparseOptions
@@ -129,6 +131,27 @@ def test_a_hint_reads_ahead_and_decides_nothing(relu_opt, dense, slots, prefetch
     sparse, totals = logits(relu_opt, options("oracle", "paper:2", prefetch))
     assert close(sparse, dense(relu_opt), 1e-4)
     assert n_slots == 30 or totals.total("n_prefetched") > 0
+
+
+def test_reads_ahead_go_on_while_attention_is_computed(relu_opt, dense, slots, monkeypatch):
+    """More is wanted than the queue takes at once: the rest is pushed in between, not when the layer's turn comes."""
+    slots(128)
+    carried = []
+
+    def carry_on(fetch):
+        real(fetch)
+        carried.append(len(fetch.missing))
+
+    real, tuning = Fetch.carry_on, IoTuning(depth=2)
+    monkeypatch.setattr(Fetch, "carry_on", carry_on)
+    reader = partial(open_reader, tuning=tuning, range_alignment=512)
+    ahead, _ = logits(relu_opt, options("oracle", "paper:1", "oracle@previous", reader))
+    assert close(ahead, dense(relu_opt), 1e-4)
+    assert len(carried) >= N_NEW
+    assert max(carried) > tuning.depth
+    carried.clear()
+    logits(relu_opt, options("oracle", "paper:1", reader=reader))
+    assert not carried
 
 
 def test_figures_add_up(relu_opt, slots):
