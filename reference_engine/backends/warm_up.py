@@ -15,20 +15,30 @@ import sys
 from pathlib import Path
 
 _TIMEOUT_SECONDS = 900
+_READING = "reference_engine.flash_io.numba_queue"  # compiles its functions, or loads them, when it is imported
 
 
 def warm_up() -> bool:
-    """Have a child process compile all kernels unless they are in the disk cache.
+    """Have a child process compile all kernels unless they are in the disk cache; load flash reading's functions.
+
+    These are loaded here so that a memory plan, which is made next, finds them in the process.
 
     Returns
     -------
     Whether they are in the cache now. If not (the child failed, or processes cannot be started), numba compiles each
     kernel in this process when it is first called.
     """
+    from reference_engine.backends.numba_runtime import are_kernels_cached
+
+    are_cached = are_kernels_cached() or _compile_in_child()
+    importlib.import_module(_READING)
+    return are_cached
+
+
+def _compile_in_child() -> bool:
+    """Whether it succeeded."""
     from reference_engine.backends.numba_runtime import are_kernels_cached, kernel_directory
 
-    if are_kernels_cached():
-        return True
     root = str(Path(__file__).parents[2])
     inherited = os.environ.get("PYTHONPATH")
     environment = os.environ | {
@@ -49,7 +59,7 @@ def main() -> None:
     from reference_engine.backends.numba_runtime import note_kernels_cached
 
     compile_kernels()
-    importlib.import_module("reference_engine.flash_io.numba_queue")  # compiles its functions when it is imported
+    importlib.import_module(_READING)
     note_kernels_cached()
 
 
