@@ -8,6 +8,9 @@
    3.1); against naive loading, every byte of the model for every token, at the rate that exact mode streams at there.
 4. Decode with everything resident, against torch with f16 weights in the same shapes.
 
+Decoding is measured with and without CUDA graphs: `launch_gap_share` is what a token gains by them, and so what speaks
+for or against capturing (`CupyBackend.uses_graphs`).
+
 Writes JSON to benchmarks/results/. Exits with 1 if any result is wrong. Nothing else should run on the machine.
 """
 
@@ -36,9 +39,10 @@ from flashfmt.manifest import Activation, InputTap
 from reference_engine.backends import FfnShape, Matrix
 from reference_engine.backends.cupy_backend import CupyBackend
 from reference_engine.backends.cupy_device import CupyDevice, open_cuda_device
+from reference_engine.backends.cupy_protocol import Device
 from reference_engine.device_bundles import DeviceBundles
 from reference_engine.device_decoder import DeviceKvCache, DeviceResidents, DeviceStack
-from reference_engine.device_placement import CONTEXT_NBYTES, DeviceOptions, DevicePlacement, tier_capacities
+from reference_engine.device_placement import DeviceOptions, DevicePlacement, tier_capacities
 from reference_engine.engine import PREFILL_TOKENS, Engine, EngineOptions
 from reference_engine.flash_io import open_reader
 from reference_engine.neuron_window import parse_window
@@ -54,6 +58,7 @@ N_HEADS, N_POSITIONS = 32, 2048
 COPY_BYTES, ROW_BYTES = 1 << 30, 16384
 WORKING_SET_BYTES = 1 << 29  # well above any cache
 UNIQUE_ROWS = 2048
+CALLS = 24  # in a row, with other weights each
 CONTEXT = 512
 N_DECODE = 24
 N_WARM = 12  # tokens that fill the slots
@@ -81,36 +86,48 @@ class Checks:
         return [name for name, error in self.worst.items() if error > TOLERANCE]
 
 
-def median_seconds(call: Callable[[int], object], repeats: int = 30) -> float:
-    """Median device time of ``call(i)`` for i = 0, 1, ..., by events; three calls before the first that counts."""
+def median_seconds(call: Callable[[], object], repeats: int = 15) -> float:
+    """Median device time of a call by events, its launch included; two calls before the first that counts."""
     times = []
-    for i in range(repeats + 3):
+    for _ in range(repeats + 2):
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
         begin.record()
-        call(i)
+        call()
         end.record()
         end.synchronize()
         times.append(cupy.cuda.get_elapsed_time(begin, end) / 1e3)
-    return float(np.median(times[3:]))
+    return float(np.median(times[2:]))
+
+
+def kernel_seconds(device: Device, call: Callable[[int], object]) -> float:
+    """Median device time of ``call(i)``, from a graph of `CALLS` of them, as launching takes longer than a kernel."""
+
+    def calls() -> None:
+        for i in range(CALLS):
+            call(i)
+
+    calls()
+    graph = device.capture(calls)
+    return median_seconds(lambda: device.replay(graph), 9) / CALLS
 
 
 def bandwidths(device: CupyDevice) -> Figures:
     """Bytes a second: a device copy counting bytes read and written, and copies from page-locked memory."""
     words = cupy.arange(COPY_BYTES // 8, dtype=np.int64)
     target = cupy.empty_like(words)
-    copy = median_seconds(lambda _: cupy.copyto(target, words), 15)
+    copy = median_seconds(lambda: device.copy(target, words))
     host = device.pinned(COPY_BYTES // 4)
     host[:] = 7
     landing = device.empty((host.nbytes,), np.uint8)
 
-    def upload(_: int) -> None:
+    def upload() -> None:
         device.copy_in(landing, host)
         device.wait("compute", device.record("copy"))
 
     slots = cupy.asarray(np.random.default_rng(0).permutation(host.nbytes // ROW_BYTES).astype(np.int32))
     stride, rows = np.int64(ROW_BYTES), landing.reshape(-1, ROW_BYTES)
 
-    def gather(_: int) -> None:
+    def gather() -> None:
         arguments = (host.reshape(-1, ROW_BYTES), slots, rows, None, stride, stride)
         device.launch("move_rows", (len(rows), 1, 1), 128, *arguments, queue="compute")
 
@@ -175,7 +192,7 @@ class EncodingBench:
         n_bundles = len(self._pool) // n_parts
         bundles = self._pool[: n_bundles * n_parts].reshape(n_bundles, stride)
         shape = FfnShape(self._encoding, parts, WIDTH, self._part, stride, function, IDENTITY)
-        chosen = [np.sort(self._rng.permutation(n_bundles)[:N_ACTIVE]).astype(np.int32) for _ in range(8)]
+        chosen = [np.sort(self._rng.permutation(n_bundles)[:N_ACTIVE]).astype(np.int32) for _ in range(CALLS)]
         slots = [cupy.asarray(ids) for ids in chosen]
         kind = "gated" if n_parts == 3 else "plain"
 
@@ -189,13 +206,13 @@ class EncodingBench:
         n_dense = D_FF * 2 // n_parts // 64 * 64
         runs = [bundles[first : first + n_dense] for first in range(0, n_bundles - n_dense + 1, n_dense)]
         for name, n, call in (
-            ("sparse", N_ACTIVE, lambda i: self._backend.ffn(shape, bundles, slots[i % 8], xd, out)),
+            ("sparse", N_ACTIVE, lambda i: self._backend.ffn(shape, bundles, slots[i], xd, out)),
             ("dense", n_dense, lambda i: self._backend.ffn(shape, runs[i % len(runs)], None, xd, out)),
         ):
             self._note(f"ffn {kind} {name} {n_tokens}", n * stride, 2.0 * n_tokens * n * n_parts * WIDTH, call)
 
     def _note(self, name: str, nbytes: int, flops: float, call: Callable[[int], object]) -> None:
-        seconds = median_seconds(call)
+        seconds = kernel_seconds(self._backend.device, call)
         self.results[name] = {
             "us": seconds * 1e6,
             "share_of_copy": nbytes / seconds / self._ceiling,
@@ -210,12 +227,13 @@ def measure_rest(backend: CupyBackend) -> Figures:
     results = {}
     for n_tokens in (1, 128):
         q = cupy.asarray(rng.standard_normal((n_tokens, N_HEADS, 128)).astype(np.float32))
-        seconds = median_seconds(
-            lambda _, a=q: backend.attend(a, *cache, n_past=N_POSITIONS - len(a), scale=0.09)  # type: ignore[misc]
+        seconds = kernel_seconds(
+            backend.device,
+            lambda _, a=q: backend.attend(a, *cache, n_past=N_POSITIONS - len(a), scale=0.09),  # type: ignore[misc]
         )
         results[f"attend {n_tokens} us"] = seconds * 1e6
     x = cupy.asarray(rng.standard_normal((1, WIDTH)).astype(np.float32))
-    results["norm us"] = median_seconds(lambda _: backend.rms_norm(x, x[0], 1e-5)) * 1e6
+    results["norm us"] = kernel_seconds(backend.device, lambda _: backend.rms_norm(x, x[0], 1e-5)) * 1e6
     scores = cupy.asarray(rng.standard_normal((1, D_FF)).astype(np.float32))
     began = time.perf_counter()
     for _ in range(100):
@@ -252,7 +270,7 @@ def decode_seconds(feed: Callable[[int], Any], n_warm: int) -> float:
     return float(np.median(times[n_warm:]))
 
 
-def measure_sparse(path: Path, vram: int, host_memory: int) -> Figures:
+def measure_sparse(path: Path, vram: int, host_memory: int, uses_graphs: bool) -> Figures:
     """Decode with a made-up activity in `vram` bytes."""
     device = open_cuda_device()
     with flashfmt.open(path) as model:
@@ -262,8 +280,9 @@ def measure_sparse(path: Path, vram: int, host_memory: int) -> Figures:
         plan = placement.plan(0)
         if not isinstance(plan, SparsePlan):
             raise TypeError("a plan for a selector is a plan of slots")
-        device.limit(plan.ceiling - CONTEXT_NBYTES)
+        device.limit(plan.ceiling - placement.context_nbytes)
         backend, decoder = placement.backend, model.decoder
+        backend.uses_graphs = uses_graphs
         residents = DeviceResidents(model, backend, verify=False)
         n_layers, n_neurons = decoder.n_layers, decoder.ffn.d_ff
         traces = [Trace(activity(n_neurons, N_WARM + N_DECODE, layer)) for layer in range(n_layers)]
@@ -289,6 +308,7 @@ def measure_sparse(path: Path, vram: int, host_memory: int) -> Figures:
         return {
             "ms_per_token": seconds * 1e3,
             "plan": plan.as_dict(),
+            "context_bytes": placement.context_nbytes,
             "held_share": plan.held_share,
             "hit_rate": totals.hit_rate,
             "from_tier": bundles.n_from_tier,
@@ -301,11 +321,14 @@ def measure_sparse(path: Path, vram: int, host_memory: int) -> Figures:
         }
 
 
-def measure_exact(path: Path, vram: int | None) -> Figures:
+def measure_exact(path: Path, vram: int | None, uses_graphs: bool) -> Figures:
     """Decode with all neurons in `vram` bytes; None takes what there is."""
     options = EngineOptions(context_tokens=CONTEXT, kv_type="f16", device="cuda", vram=vram, verify="never")
     with Engine(path, options) as engine:
         engine.load()
+        if engine._placement is None:
+            raise TypeError("an engine for a device has a placement")
+        engine._placement.backend.uses_graphs = uses_graphs
         session = engine.start()
         before = engine.counters().bytes_read
         streams = not engine.exact_plan.is_resident
@@ -452,17 +475,24 @@ def measure_decode(path: Path, shape: Shape, copy_bandwidth: float) -> Figures:
     with flashfmt.open(path) as model:
         nbytes = model.nbytes
     half = nbytes // 2
-    streamed, resident = in_child(measure_exact, path, half), in_child(measure_exact, path, None)
+    streamed, resident = in_child(measure_exact, path, half, True), in_child(measure_exact, path, None, True)
+    launched = in_child(measure_exact, path, None, False)
     naive = nbytes / streamed["read_bytes_per_token"] * streamed["ms_per_token"]
     result: Figures = {
         "model_bytes": nbytes,
         "naive_ms_per_token": naive,
         "streamed": streamed,
         "resident": resident | {"ms_at_copy_bandwidth": nbytes / copy_bandwidth * 1e3},
+        "resident_without_graphs": launched,
+        "launch_gap_share": 1 - resident["ms_per_token"] / launched["ms_per_token"],
         "torch": in_child(measure_torch, shape),
     }
-    for name, host_memory in (("half", 0), ("half_with_tier", nbytes // 4)):
-        figures = in_child(measure_sparse, path, half, host_memory)
+    for name, host_memory, uses_graphs in (
+        ("half", 0, True),
+        ("half_without_graphs", 0, False),
+        ("half_with_tier", nbytes // 4, True),
+    ):
+        figures = in_child(measure_sparse, path, half, host_memory, uses_graphs)
         figures["times_faster_than_naive"] = naive / figures["ms_per_token"]
         figures["upkeep_share"] = figures["ms_per_token_by_stage"]["upkeep_seconds"] / figures["ms_per_token"]
         result[name] = figures
