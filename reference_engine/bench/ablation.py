@@ -41,7 +41,7 @@ RowName = Literal[
 ]
 PUBLISHED_MODEL: Final = "opt-6.7b"
 PAPER_WINDOW: Final = WindowChoice("paper", 5)
-WARM_UP_TOKENS: Final = 16  # until a window has settled
+WARM_UP_TOKENS: Final = 48  # until a window has settled, and slots for half of the neurons are full
 _FIRST_TOKENS: Final = {"naive": 0, "dense": 0, "sparse": 2}  # without a window: memory is touched for the first time
 
 
