@@ -10,6 +10,7 @@ from flashfmt.cli import cli
 from flashfmt.encodings import Encoding
 from flashfmt.errors import BudgetError, MissingExtraError
 from reference_engine import bench_cli
+from reference_engine.bench.ablation import WARM_UP_TOKENS
 from reference_engine.bench_cli import bench
 
 
@@ -100,7 +101,7 @@ def test_an_ablation_in_a_table_and_in_files(small_shape, cache, tmp_path, monke
     assert [row["name"] for row in report["rows"]] == ["window", "overlap"]
     for row in report["rows"]:
         assert set(row["run"]) == RUN_KEYS
-        assert row["n_warm_up"] == 16
+        assert row["n_warm_up"] == WARM_UP_TOKENS
     assert report["settings"]["verify"] == "never"
 
 
