@@ -22,11 +22,11 @@ from reference_engine.bundle_checksums import Verify, require_checksums
 from reference_engine.device_landing import Arriving, LandingRing
 from reference_engine.exact_bundles import model_blocks
 from reference_engine.flash_io import IoCounters, RangeReader
-from reference_engine.models.weights import F32, BundleBlock, TapPoint
+from reference_engine.models.weights import F32, BundleBlock, WithoutLookAhead
 from reference_engine.plan import RING_SLOTS
 
 
-class DeviceExactBundles:
+class DeviceExactBundles(WithoutLookAhead):
     """`BundleSource` of all bundles; `load` first, then ``blocks(layer)`` for layer 0, 1, ... of every pass.
 
     Parameters
@@ -90,26 +90,6 @@ class DeviceExactBundles:
                 progress(block.nbytes)
         self._device.wait("compute", self._device.record("copy"))
         self._refill(0)
-
-    def whole(self, layer: int) -> DeviceArray | None:
-        """See `BundleSource.whole`; after `load`."""
-        runs = self._runs[layer]
-        return self._pinned[runs[0][0]] if len(runs) == 1 and self._is_pinned[runs[0][0]] else None
-
-    def taps(self, layer: int) -> tuple[TapPoint, ...]:
-        """Nothing to look ahead for: every neuron is wanted anyway."""
-        return ()
-
-    @property
-    def reads_ahead(self) -> bool:
-        """Reads go on by themselves."""
-        return False
-
-    def carry_on(self) -> None:
-        """Nothing to do."""
-
-    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
-        """Nothing asks for it."""
 
     def blocks(self, layer: int, x: F32) -> Iterator[BundleBlock]:
         """Blocks of a layer in neuron order, on the device, whatever `x`; each is valid until the next is asked for.

@@ -26,7 +26,7 @@ from reference_engine.flash_io import (
     aligned_empty,
 )
 from reference_engine.loading import run_side_by_side
-from reference_engine.models.weights import F32, BundleBlock, TapPoint
+from reference_engine.models.weights import F32, BundleBlock, WithoutLookAhead
 from reference_engine.plan import RING_SLOTS
 
 Bytes = npt.NDArray[np.uint8]
@@ -37,7 +37,7 @@ def model_blocks(model: FlashModel) -> list[Block]:
     return [block for info in model.layers for block in split_layer(info)]
 
 
-class ExactBundles:
+class ExactBundles(WithoutLookAhead):
     """Blocks of all layers; `load` first, then ``blocks(layer)`` for layer 0, 1, ... of every pass.
 
     Parameters
@@ -91,21 +91,6 @@ class ExactBundles:
         """All bundles of a layer, where it is pinned as a whole and loaded."""
         runs = self._runs[layer]
         return self._pinned.get(runs[0][0]) if len(runs) == 1 else None
-
-    def taps(self, layer: int) -> tuple[TapPoint, ...]:
-        """Nothing to look ahead for: every neuron is wanted anyway."""
-        return ()
-
-    @property
-    def reads_ahead(self) -> bool:
-        """The stream has a thread of its own."""
-        return False
-
-    def carry_on(self) -> None:
-        """Nothing to do."""
-
-    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
-        """Nothing asks for it."""
 
     def blocks(self, layer: int, x: F32 | None = None) -> Iterator[BundleBlock]:
         """Blocks of a layer in neuron order, whatever `x`; each is valid until the next is asked for.

@@ -26,7 +26,7 @@ from reference_engine.engine import PREFILL_TOKENS, Engine, EngineOptions
 from reference_engine.exact_bundles import ExactBundles
 from reference_engine.kv_cache import KvCache
 from reference_engine.models.decoder_stack import DecoderStack
-from reference_engine.models.weights import BundleBlock, TapPoint
+from reference_engine.models.weights import BundleBlock, TapPoint, WithoutLookAhead
 from reference_engine.residents import (
     EMBEDDING,
     FlashTable,
@@ -214,7 +214,7 @@ class WatchedModel:
         return self._model.logits(hidden)
 
 
-class _ObservedFfn:
+class _ObservedFfn(WithoutLookAhead):
     """Source of bundles and FFN in one: it notes which block it hands out, and shows that block's values."""
 
     def __init__(self, bundles: ExactBundles, backend: Backend) -> None:
@@ -224,18 +224,8 @@ class _ObservedFfn:
         self._neurons = slice(0)
         self.observer: Observer | None = None
 
-    def whole(self, layer: int) -> None:
-        return None
-
     def taps(self, layer: int) -> tuple[TapPoint, ...]:
         return ("attention_input", "attention_output", "ffn_input")
-
-    @property
-    def reads_ahead(self) -> bool:
-        return False
-
-    def carry_on(self) -> None:
-        pass
 
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
         if self.observer is not None:

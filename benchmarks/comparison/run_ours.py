@@ -32,7 +32,7 @@ from reference_engine.engine import Engine, EngineOptions
 from reference_engine.flash_io import open_reader
 from reference_engine.kv_cache import KvCache
 from reference_engine.models.decoder_stack import DecoderStack
-from reference_engine.models.weights import F32, BundleBlock, TapPoint
+from reference_engine.models.weights import F32, BundleBlock, WithoutLookAhead
 from reference_engine.residents import EMBEDDING, Residents, ResidentTable, flash_table, load_residents
 from reference_engine.selectors import parse_selector
 from reference_engine.sparse_mode import SparseOptions
@@ -42,7 +42,7 @@ LEAST_CONTEXT: Final = 128
 Feed = Callable[[int], object]
 
 
-class MappedBundles:
+class MappedBundles(WithoutLookAhead):
     """`BundleSource` of all neurons, in a private map of the file."""
 
     def __init__(self, model: FlashModel) -> None:
@@ -61,21 +61,6 @@ class MappedBundles:
     def whole(self, layer: int) -> np.ndarray:
         """All bundles of a layer."""
         return self._rows[layer].view(np.ndarray)
-
-    def taps(self, layer: int) -> tuple[TapPoint, ...]:
-        """Nothing to look ahead for."""
-        return ()
-
-    @property
-    def reads_ahead(self) -> bool:
-        """Nothing is read."""
-        return False
-
-    def carry_on(self) -> None:
-        """Nothing to do."""
-
-    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
-        """Nothing asks for it."""
 
     def blocks(self, layer: int, x: F32) -> Iterator[BundleBlock]:
         """Blocks of a layer in neuron order."""

@@ -31,7 +31,7 @@ from reference_engine.engine import EngineOptions
 from reference_engine.flash_io import IO_ALIGNMENT, DirectFile, IoCounters, aligned_empty
 from reference_engine.kv_cache import KvCache
 from reference_engine.models.decoder_stack import DecoderStack
-from reference_engine.models.weights import BundleBlock, TapPoint
+from reference_engine.models.weights import BundleBlock, TapPoint, WithoutLookAhead
 from reference_engine.residents import EMBEDDING, FlashTable, Residents, load_tensors, resident_tensors
 from reference_engine.selectors import Everything, TappedSelector
 from reference_engine.selectors.protocol import F32
@@ -190,25 +190,15 @@ class StreamedTensors:
             yield partial(file.read_into, target, offset + start, min(target.nbytes, end - start))
 
 
-class _ReadingAttention:
+class _ReadingAttention(WithoutLookAhead):
     """`BundleSource` that reads the attention matrices of a layer before they are needed."""
 
     def __init__(self, bundles: SparseBundles, tensors: StreamedTensors) -> None:
         self._bundles = bundles
         self._tensors = tensors
 
-    def whole(self, layer: int) -> None:
-        return None
-
     def taps(self, layer: int) -> tuple[TapPoint, ...]:
         return ("attention_input",)
-
-    @property
-    def reads_ahead(self) -> bool:
-        return False
-
-    def carry_on(self) -> None:
-        pass
 
     def tap(self, layer: int, point: TapPoint, x: F32) -> None:
         self._tensors.load_layer(layer)

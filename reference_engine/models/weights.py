@@ -56,6 +56,29 @@ class BundleSource(Protocol):
         ...
 
 
+class WithoutLookAhead:
+    """What sources of bundles have in common that look nothing ahead, and hand out every layer by `blocks`."""
+
+    def whole(self, layer: int) -> npt.NDArray[np.uint8] | None:
+        """None."""
+        return None
+
+    def taps(self, layer: int) -> Collection[TapPoint]:
+        """Nothing."""
+        return ()
+
+    @property
+    def reads_ahead(self) -> bool:
+        """False."""
+        return False
+
+    def carry_on(self) -> None:
+        """Do nothing."""
+
+    def tap(self, layer: int, point: TapPoint, x: F32) -> None:
+        """Do nothing: nothing asks for it."""
+
+
 class Table(Protocol):
     """Rows that are looked up by number."""
 
