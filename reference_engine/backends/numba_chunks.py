@@ -3,7 +3,8 @@
 Up to `CHUNK_ROWS` rows are added at once. Their factors, times the scales of the rows, become integers of a common
 scale, cut into signed bytes as in `numba_limbs`: for q8, 24 bits and one scale for the chunk; for q4, 16 bits and one
 scale for each group of columns. The bytes of four rows are laid side by side, so that one instruction adds up four rows
-for 16 columns. Integer sums stay in registers until a line of all rows has been read.
+for 16 columns. Integer sums stay in registers until a line of all rows has been read; then they are added to float32
+sums that are in the order in which they come, until `add_q8` or `add_q4` puts them in the order of the columns.
 
 Weights in the high nibbles of q4 are not shifted down but taken 16 times as large.
 
@@ -21,6 +22,7 @@ from llvmlite import ir
 
 from reference_engine.backends.numba_limbs import (
     BYTES_OF_128,
+    HIGH_NIBBLES,
     LARGEST,
     LINE_BYTES,
     LOW_NIBBLES,
@@ -66,7 +68,8 @@ PREFETCH_BYTES: Final = 512
 _Q8_LIMBS: Final = 3
 _Q4_LIMBS: Final = 2
 _Q8_OFFSET: Final = 128
-_HIGH_NIBBLES: Final = -0x0F0F0F10
+_TO_WHOLE: Final = 1.5 * 2**23 + 128  # added to a float32, leaves its nearest integer plus 128 in the low 16 bits
+_BITS_OF_TO_WHOLE: Final = 0x4B400080
 
 
 def _side_by_side(b: Builder, rows: Sequence[Value]) -> list[Value]:
@@ -138,7 +141,10 @@ def axpy_q8(
     b: Builder, y: Value, columns: tuple[Value, Value], scratch: Value,
     rows: Value, next_rows: Value, factors: Value, n: Value,
 ) -> None:  # fmt: skip
-    """Add n rows times their factors to columns of y; `scratch` is 4 * 16 * 4 bytes."""
+    """Add n rows times their factors to columns of y, which are in the order of `_side_by_side`; see `add_q8`.
+
+    `scratch` is 4 * 16 * 4 bytes.
+    """
     j0, j1 = columns
     products = scratch
     peak, total = variable(b, constant(0.0)), variable(b, constant(0.0))
@@ -181,8 +187,8 @@ def axpy_q8(
                     b.store(byte_dots(b, b.load(total), flipped, limb), total)
 
         chunk.each_quad(b.add(j, integer(LINE_BYTES)), LINE_BYTES, accumulate)
-        ordered = _in_order(b, [combined(b, [b.load(total) for total in totals]) for totals in sums])
-        for i, value in enumerate(ordered):
+        for i, totals in enumerate(sums):
+            value = combined(b, [b.load(total) for total in totals])
             at = b.add(y, b.mul(b.add(j, integer(LANES * i)), integer(4)))
             store(b, multiply_add(b, value, broadcast(b, scale, LANES), load(b, at, FLOAT, LANES)), at)
 
@@ -191,9 +197,11 @@ def axpy_q4(
     b: Builder, y: Value, columns: tuple[Value, Value, Value], scratch: Value,
     rows: Value, next_rows: Value, factors: Value, n: Value,
 ) -> None:  # fmt: skip
-    """Add n rows times their factors to columns of y; `scratch` is float32 [(2 + 2 * 4) * k / 32 + 64].
+    """Add n rows times their factors to columns of y, which are in the order of `_side_by_side`; see `add_q4`.
 
-    Scratch holds, for each group, the scale; then 8 times the factors' sum; then the limbs of each four rows.
+    A line of y is 128 columns, those of low nibbles first; k may end in the middle of one, y may not. `scratch` is
+    float32 [(2 + 2 * 4) * k / 32 + 256]. It holds, for each group, the scale; then 8 times the factors' sum; then the
+    limbs of each four rows; then factors times scales, for 16 groups at a time.
     """
     j0, j1, k = columns
     n_groups = b.sdiv(k, integer(32))
@@ -201,50 +209,53 @@ def axpy_q4(
     offset = q4_values_offset(b, k)
     begin, end = (b.add(offset, b.sdiv(j, integer(2))) for j in (j0, j1))
 
+    products = b.add(scratch, b.mul(n_groups, integer(4 * (2 + CHUNK_ROWS // 2))))
+
     def table(index: Value, group: Value) -> Value:
         return b.add(scratch, b.mul(b.add(b.mul(n_groups, index), group), integer(4)))
 
     def factors_of(group: Value, lanes: int) -> None:
         at = b.mul(group, integer(2))
-
-        def product(r: Value) -> Value:
-            row = load_scalar(b, b.add(rows, b.mul(r, integer(8))), I64)
-            factor = load_scalar(b, b.add(factors, b.mul(r, integer(4))), FLOAT)
-            scales = from_half(b, load(b, b.add(row, at), I16, lanes))
-            return b.fmul(scales, broadcast(b, factor, lanes))
-
         peaks, totals = variable(b, splat(FLOAT, SMALLEST_PEAK, lanes)), variable(b, splat(FLOAT, 0.0, lanes))
         with loop(b, integer(0), n, 1) as (r, _):
-            size, peak = unary(b, "fabs", product(r)), b.load(peaks)
+            place = b.mul(r, integer(8))
+            row = load_scalar(b, b.add(rows, place), I64)
+            factor = load_scalar(b, b.add(factors, b.mul(r, integer(4))), FLOAT)
+            product = b.fmul(from_half(b, load(b, b.add(row, at), I16, lanes)), broadcast(b, factor, lanes))
+            store(b, product, b.add(products, b.mul(r, integer(LINE_BYTES))))
+            size, peak = unary(b, "fabs", product), b.load(peaks)
             b.store(b.select(b.fcmp_ordered(">", size, peak), size, peak), peaks)
             b.store(b.fadd(b.load(totals), size), totals)
-            prefetch(b, b.add(load_scalar(b, b.add(next_rows, b.mul(r, integer(8))), I64), at))
+            prefetch(b, b.add(load_scalar(b, b.add(next_rows, place), I64), at))
         peak = b.load(peaks)
         limit = splat(FLOAT, LARGEST[_Q4_LIMBS], lanes)
         inverse = b.fdiv(limit, peak)
         nothing = b.fmul(b.load(totals), splat(FLOAT, 0.0, lanes))
         store(b, b.fadd(b.fdiv(peak, limit), nothing), table(integer(0), group))
         sums = variable(b, splat(I32, 0, lanes))
-        bytes_mask, words = splat(I32, 0x00FF00FF, lanes), vector(I16, 2 * lanes)
+        evens = splat(I32, 0x00FF00FF, lanes)
         with loop(b, integer(0), n, 4) as (r, _):
-            whole = [rounded(b, b.fmul(product(b.add(r, integer(i))), inverse)) for i in range(4)]
+            whole = []
+            for i in range(4):
+                product = load(b, b.add(products, b.mul(b.add(r, integer(i)), integer(LINE_BYTES))), FLOAT, lanes)
+                shifted = multiply_add(b, product, inverse, splat(FLOAT, _TO_WHOLE, lanes))
+                whole.append(b.bitcast(shifted, vector(I32, lanes)))
             total = b.add(b.add(whole[0], whole[1]), b.add(whole[2], whole[3]))
             b.store(b.add(b.load(sums), total), sums)
-            # 16-bit pairs of rows 0 and 2, and of rows 1 and 3: their bytes interleave to the order of the rows
+            # 16-bit pairs of rows 0 and 2, and of rows 1 and 3: their bytes interleave to the order of the rows. With
+            # 128 added, the high byte is the high limb, and the low byte 128 more than the low limb.
             even, odd = (
                 b.or_(b.and_(whole[i], splat(I32, 0xFFFF, lanes)), b.shl(whole[i + 2], splat(I32, 16, lanes)))
                 for i in (0, 1)
             )
-            low = b.or_(b.and_(even, bytes_mask), b.and_(b.shl(odd, splat(I32, 8, lanes)), b.not_(bytes_mask)))
-            even, odd = (
-                b.bitcast(b.add(b.bitcast(pair, words), splat(I16, 128, 2 * lanes)), vector(I32, lanes))
-                for pair in (even, odd)
-            )
-            high = b.or_(b.and_(b.lshr(even, splat(I32, 8, lanes)), bytes_mask), b.and_(odd, b.not_(bytes_mask)))
+            low = b.or_(b.and_(even, evens), b.and_(b.shl(odd, splat(I32, 8, lanes)), b.not_(evens)))
+            high = b.or_(b.and_(b.lshr(even, splat(I32, 8, lanes)), evens), b.and_(odd, b.not_(evens)))
             index = b.add(b.lshr(r, integer(1)), integer(2))
             store(b, high, table(index, group))
-            store(b, low, table(b.add(index, integer(1)), group))
-        store(b, b.mul(b.load(sums), splat(I32, -8, lanes)), table(integer(1), group))
+            store(b, b.xor(low, splat(I32, BYTES_OF_128, lanes)), table(b.add(index, integer(1)), group))
+        surplus = b.mul(b.trunc(n, I32), ir.Constant(I32, _BITS_OF_TO_WHOLE))
+        total = b.sub(b.load(sums), broadcast(b, surplus, lanes))
+        store(b, b.mul(total, splat(I32, -8, lanes)), table(integer(1), group))
 
     each_scales(b, g0, g1, factors_of)
     chunk = _Chunk(b, rows, next_rows, n, begin, end)
@@ -264,7 +275,7 @@ def axpy_q4(
 
         def accumulate(r: Value, weights: Sequence[Value]) -> None:
             index = b.add(b.lshr(r, integer(1)), integer(2))
-            for nibble, mask in enumerate((LOW_NIBBLES, _HIGH_NIBBLES)):
+            for nibble, mask in enumerate((LOW_NIBBLES, HIGH_NIBBLES)):
                 limbs = [spread(table(b.add(index, integer(limb)), group), I32, nibble) for limb in range(_Q4_LIMBS)]
                 for value, totals in zip(weights, sums[nibble], strict=True):
                     nibbles = b.and_(value, splat(I32, mask, LANES))
@@ -273,18 +284,47 @@ def axpy_q4(
 
         chunk.each_quad(b.add(offset, b.mul(group, integer(16))), 32 * n_blocks, accumulate)
         for nibble in (0, 1):
-            exact = [b.add(b.shl(b.load(high), splat(I32, 8, LANES)), b.load(low)) for high, low in sums[nibble]]
-            for i, value in enumerate(_in_order(b, exact)[: 2 * n_blocks]):
-                place = b.add(group, integer(nibble + 2 * (i // 2)))
-                scale = load_scalar(b, table(integer(0), place), FLOAT)
-                if nibble:
-                    scale = b.fmul(scale, constant(1 / 16))
-                at = b.add(y, b.add(b.mul(place, integer(128)), integer(64 * (i % 2))))
-                product = b.fmul(b.sitofp(value, vector(FLOAT, LANES)), broadcast(b, scale, LANES))
-                store(b, b.fadd(load(b, at, FLOAT, LANES), product), at)
+            scale = spread(table(integer(0), group), FLOAT, nibble)
+            if nibble:
+                scale = b.fmul(scale, splat(FLOAT, 1 / 16, LANES))
+            for i, (high, low) in enumerate(sums[nibble]):
+                exact = b.add(b.shl(b.load(high), splat(I32, 8, LANES)), b.load(low))
+                at = b.add(y, b.add(b.mul(group, integer(128)), integer(LINE_BYTES * (4 * nibble + i))))
+                value = b.sitofp(exact, vector(FLOAT, LANES))
+                store(b, multiply_add(b, value, scale, load(b, at, FLOAT, LANES)), at)
 
     whole = b.add(g0, round_down(b, b.sub(g1, g0), 4))
     with loop(b, g0, whole, 4) as (group, _):
         add_line(group, 2)
     with loop(b, whole, g1, 2) as (group, _):
         add_line(group, 1)
+
+
+def add_q8(b: Builder, sums: Value, columns: tuple[Value, Value], out: Value) -> None:
+    """Add columns of what `axpy_q8` summed to those of `out`."""
+    with loop(b, *columns, LINE_BYTES) as (j, _):
+        at = b.mul(j, integer(4))
+        vectors = [load(b, b.add(sums, b.add(at, integer(64 * i))), FLOAT, LANES) for i in range(4)]
+        for i, value in enumerate(_in_order(b, vectors)):
+            place = b.add(out, b.add(at, integer(64 * i)))
+            store(b, b.fadd(load(b, place, FLOAT, LANES), value), place)
+
+
+def add_q4(b: Builder, sums: Value, columns: tuple[Value, Value], out: Value) -> None:
+    """Add columns of what `axpy_q4` summed to those of `out`."""
+    j0, j1 = columns
+
+    def add_line(j: Value, n_blocks: int) -> None:
+        at = b.mul(j, integer(4))
+        for nibble in (0, 1):
+            places = [b.add(at, integer(64 * (4 * nibble + i))) for i in range(4)]
+            ordered = _in_order(b, [load(b, b.add(sums, place), FLOAT, LANES) for place in places])
+            for i, value in enumerate(ordered[: 2 * n_blocks]):
+                place = b.add(out, b.add(at, integer(128 * nibble + 256 * (i // 2) + 64 * (i % 2))))
+                store(b, b.fadd(load(b, place, FLOAT, LANES), value), place)
+
+    whole = b.add(j0, round_down(b, b.sub(j1, j0), 2 * LINE_BYTES))
+    with loop(b, j0, whole, 2 * LINE_BYTES) as (j, _):
+        add_line(j, 2)
+    with loop(b, whole, j1, LINE_BYTES) as (j, _):
+        add_line(j, 1)

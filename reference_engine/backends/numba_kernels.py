@@ -4,9 +4,11 @@ Every array is handed over as an address, so that each kernel is compiled once f
 and writability of the arrays; `numba_backend` checks the shapes. Rows are read four at a time; a last group of fewer
 repeats its last row, so each row's sum is formed in the same way wherever it stands and whoever forms it.
 
-The FFN first finds h for every neuron, threads sharing the neurons; then adds h * down to the output in the order of
-the neurons, threads sharing the columns. Neurons with h = 0 are left out; what is left is grouped within blocks of
-`FFN_BLOCK_NEURONS`, so that cutting the work at such blocks changes nothing.
+The FFN is a sum over blocks of `FFN_BLOCK_NEURONS` neurons. The sum of a block begins with zero and goes over its
+neurons with h != 0 in their order; the sums of blocks are added to the output in theirs. So neither cutting the work at
+blocks nor how threads share it changes anything, and they share it in two ways. Each thread has as many blocks as all
+can have, and reads their bundles from front to back, a few up rows and then the same neurons' down rows. Of the rest,
+they share the neurons first, to find h, and then the columns of the down rows: that reads shorter streams.
 
 An array's address is taken only by functions to which it is passed, for numba may free an array after its last use.
 
@@ -18,7 +20,7 @@ Knows: rows at addresses. Does not know: numpy's types, files, layers.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -28,11 +30,10 @@ from numba.extending import intrinsic
 from reference_engine.backends.activations import ACTIVATION_CODES
 from reference_engine.backends.numba_chunks import CHUNK_ROWS
 from reference_engine.backends.numba_vectors import FLOAT, I32, Builder, Value, compiled, compiled_parallel
-from reference_engine.backends.numba_weights import add_chunk, begin_sum, dot4, end_sum, prepared_x
+from reference_engine.backends.numba_weights import LINE_COLUMNS, add_chunk, add_sums, clear_sums, dot4, prepared_x
 from reference_engine.backends.protocol import FFN_BLOCK_NEURONS
 
 _BLOCK = FFN_BLOCK_NEURONS
-_LINE_COLUMNS = 128
 _types: Any = types  # numba annotates little of it
 _FLOATS, _INTEGERS = _types.CPointer(types.float32), _types.CPointer(types.int32)
 _ONE, _HALF, _ZERO = np.float32(1), np.float32(0.5), np.float32(0)
@@ -147,93 +148,153 @@ def matmul_one(tag: Any, base: int, stride: int, n: int, x: int, k: int, out: in
         _prepared_dots(tag, base, stride, n, first, last, x, k, out, bias)
 
 
+class _Bundles(NamedTuple):
+    """What `ffn_one` is given, apart from activations and threads."""
+
+    rows: int
+    stride: int
+    slots: int
+    n: int
+    k: int
+    part: int
+    gated: int
+    up_bias: int
+    gate_bias: int
+    code: int
+    threshold: float
+    up_code: int
+    up_threshold: float
+
+
 @compiled
-def _hidden(
-    tag: Any, rows: int, stride: int, slots: int, n: int, first: int, last: int, k: int, part: int, gated: int,
-    up_bias: int, gate_bias: int, code: int, threshold: float, up_code: int, up_threshold: float, x: int, h: Any,
-) -> None:  # fmt: skip
-    """h[j] for neurons `first` (a multiple of 4) to `last`; h has room for whole groups of 4, surplus ones are 0."""
-    scratch, gate = np.empty(k // 8 + 16, np.float32), np.empty(4, np.float32)
-    prepared = np.empty(k + k // 32 + 128, np.float32)
-    px, tmp = prepared_x(tag, x, k, address_of(prepared)), address_of(scratch)
-    r0, r1, r2, r3 = rows, rows, rows, rows
+def _bundle(f: Any, j: int) -> Any:
+    """Address of bundle j, or of the last one where there is no such."""
+    return row_address(f.rows, f.stride, f.slots, min(j, f.n - 1))
+
+
+@compiled
+def _blocks_each(n: int, n_threads: int) -> int:
+    """How many blocks each thread reads alone; what is left is shared, down rows by columns."""
+    each = (n + _BLOCK * n_threads - 1) // (_BLOCK * n_threads)
+    return each if each * n_threads * _BLOCK - n <= _BLOCK // 2 else n // (_BLOCK * n_threads)
+
+
+@compiled
+def _hidden(tag: Any, f: Any, first: int, last: int, px: int, h: Any, origin: int, scratch: Any) -> None:
+    """h[j - origin] for neurons `first` to `last`; h has room for whole groups of 4, surplus ones are 0.
+
+    Their first down rows are prefetched at the end.
+    """
+    gate, down = np.empty(4, np.float32), (1 + f.gated) * f.part
+    tmp, part = address_of(scratch), f.part
+    r0, r1, r2, r3 = _bundle(f, first), _bundle(f, first + 1), _bundle(f, first + 2), _bundle(f, first + 3)
     for j in range(first, last, 4):
-        if j == first:
-            r0, r1 = row_address(rows, stride, slots, j), row_address(rows, stride, slots, min(j + 1, n - 1))
-            r2 = row_address(rows, stride, slots, min(j + 2, n - 1))
-            r3 = row_address(rows, stride, slots, min(j + 3, n - 1))
-        n0 = row_address(rows, stride, slots, min(j + 4, n - 1))
-        n1 = row_address(rows, stride, slots, min(j + 5, n - 1))
-        n2 = row_address(rows, stride, slots, min(j + 6, n - 1))
-        n3 = row_address(rows, stride, slots, min(j + 7, n - 1))
-        if gated != 0:
+        after, offset = (j + 4, 0) if j + 4 < last else (first, down)
+        n0, n1 = _bundle(f, after) + offset, _bundle(f, after + 1) + offset
+        n2, n3 = _bundle(f, after + 2) + offset, _bundle(f, after + 3) + offset
+        up = address_of(h) + 4 * (j - origin)
+        if f.gated != 0:
             u0, u1, u2, u3 = r0 + part, r1 + part, r2 + part, r3 + part
-            dot4(tag, address_of(gate), px, k, tmp, r0, r1, r2, r3, u0, u1, u2, u3)
-            dot4(tag, address_of(h) + 4 * j, px, k, tmp, u0, u1, u2, u3, n0, n1, n2, n3)
+            dot4(tag, address_of(gate), px, f.k, tmp, r0, r1, r2, r3, u0, u1, u2, u3)
+            dot4(tag, up, px, f.k, tmp, u0, u1, u2, u3, n0, n1, n2, n3)
         else:
-            dot4(tag, address_of(h) + 4 * j, px, k, tmp, r0, r1, r2, r3, n0, n1, n2, n3)
+            dot4(tag, up, px, f.k, tmp, r0, r1, r2, r3, n0, n1, n2, n3)
         for i in range(4):
-            if j + i >= n:
-                h[j + i] = _ZERO
+            at = j + i - origin
+            if j + i >= f.n:
+                h[at] = _ZERO
                 continue
-            up = h[j + i]
-            if up_bias != 0:
-                up += floats(up_bias, n)[j + i]
-            if gated != 0:
+            v = h[at]
+            if f.up_bias != 0:
+                v += floats(f.up_bias, f.n)[j + i]
+            if f.gated != 0:
                 g = gate[i]
-                if gate_bias != 0:
-                    g += floats(gate_bias, n)[j + i]
-                h[j + i] = activation(code, threshold, g) * activation(up_code, up_threshold, up)
+                if f.gate_bias != 0:
+                    g += floats(f.gate_bias, f.n)[j + i]
+                h[at] = activation(f.code, f.threshold, g) * activation(f.up_code, f.up_threshold, v)
             else:
-                h[j + i] = activation(code, threshold, up)
+                h[at] = activation(f.code, f.threshold, v)
         r0, r1, r2, r3 = n0, n1, n2, n3
+
+
+@compiled
+def _gather(f: Any, first: int, last: int, h: Any, origin: int, m: int, addresses: Any, factors: Any) -> int:
+    """Append down rows and factors of neurons `first` to `last` with h != 0 to the m there are; how many now."""
+    for j in range(first, min(last, f.n)):
+        if h[j - origin] != _ZERO:
+            addresses[m] = row_address(f.rows, f.stride, f.slots, j) + (1 + f.gated) * f.part
+            factors[m] = h[j - origin]
+            m += 1
+    return m
+
+
+@compiled
+def _filled(m: int, addresses: Any, factors: Any) -> int:
+    """Fill m rows up to a multiple of 4; how many now."""
+    while m % 4 != 0:
+        addresses[m] = addresses[m - 1]
+        factors[m] = _ZERO
+        m += 1
+    return m
+
+
+@compiled
+def _add_blocks(tag: Any, f: Any, begin: int, end: int, px: int, sums: int, step: int, out: int, scratch: Any) -> None:
+    """Add blocks `begin` to `end` of bundles to `out`, or where `step` is not 0 leave their sums `step` bytes apart."""
+    h, factors = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    addresses, ahead = np.empty(_BLOCK, np.int64), np.empty(CHUNK_ROWS, np.int64)
+    for block in range(begin, end):
+        origin = block * _BLOCK
+        stop = min(origin + _BLOCK, f.n)
+        clear_sums(tag, sums, 0, f.k)
+        m, done = 0, 0
+        for first in range(origin, stop, CHUNK_ROWS):
+            last = min(first + CHUNK_ROWS, stop)
+            _hidden(tag, f, first, last, px, h, origin, scratch)
+            m = _gather(f, first, last, h, origin, m, addresses, factors)
+            if last == stop:
+                m = _filled(m, addresses, factors)
+            for i in range(CHUNK_ROWS):
+                ahead[i] = _bundle(f, last + i)
+            while m - done >= CHUNK_ROWS or (last == stop and m > done):
+                count = min(CHUNK_ROWS, m - done)
+                rows, h_at = address_of(addresses) + 8 * done, address_of(factors) + 4 * done
+                add_chunk(tag, sums, rows, address_of(ahead), h_at, count, 0, f.k, f.k, address_of(scratch))
+                done += count
+        if step == 0:
+            add_sums(tag, sums, 0, f.k, out)
+        sums += step
+    h[0] = factors[0] = _ZERO
+    addresses[0] = ahead[0] = 0
+
+
+@compiled
+def _read(
+    tag: Any, f: Any, begin: int, end: int, sums: int, step: int, first: int, last: int, origin: int, h: Any, x: int,
+    out: int,
+) -> None:  # fmt: skip
+    """A thread's part of reading bundles: `_add_blocks`, then `_hidden` of neurons `first` to `last` of the rest."""
+    scratch, prepared = np.empty(10 * (f.k // 32) + 256, np.float32), np.empty(f.k + f.k // 32 + 128, np.float32)
+    px = prepared_x(tag, x, f.k, address_of(prepared))
+    _add_blocks(tag, f, begin, end, px, sums, step, out, scratch)
+    if first < last:
+        _hidden(tag, f, first, last, px, h, origin, scratch)
     scratch[0] = prepared[0] = _ZERO
 
 
 @compiled
-def _compact(
-    rows: int, stride: int, slots: int, n: int, down: int, h: Any, addresses: Any, factors: Any, ends: Any
-) -> int:
-    """Chunks of the down parts with h != 0: where each ends in `addresses` and `factors`; how many chunks.
-
-    Chunks do not cross a block, and are filled up to a multiple of 4 rows.
-    """
-    m, n_chunks, chunk = 0, 0, 0
-    for block in range(0, n, _BLOCK):
-        for j in range(block, min(block + _BLOCK, n)):
-            if h[j] != _ZERO:
-                addresses[m] = row_address(rows, stride, slots, j) + down
-                factors[m] = h[j]
-                m += 1
-                if m - chunk == CHUNK_ROWS:
-                    ends[n_chunks] = chunk = m
-                    n_chunks += 1
-        if m > chunk:
-            while m % 4 != 0:
-                addresses[m] = addresses[m - 1]
-                factors[m] = _ZERO
-                m += 1
-            ends[n_chunks] = chunk = m
-            n_chunks += 1
-    return n_chunks
-
-
-@compiled
-def _add_rows(
-    tag: Any, addresses: Any, factors: Any, ends: Any, n_chunks: int, j0: int, j1: int, k: int, out: int, permuted: Any
-) -> None:
-    """Add the rows of all chunks times their factors to columns j0 to j1 of `out`."""
-    scratch = np.empty(10 * (k // 32) + 64, np.float32)
-    y = begin_sum(tag, out, j0, j1, address_of(permuted))
-    first = 0
-    for c in range(n_chunks):
-        end = ends[c]
-        n = end - first
-        ahead = min(end, ends[n_chunks - 1] - n)
-        rows, h = address_of(addresses), address_of(factors)
-        add_chunk(tag, y, rows + 8 * first, rows + 8 * ahead, h + 4 * first, n, j0, j1, k, address_of(scratch))
-        first = end
-    end_sum(tag, y, j0, j1, out)
+def _add_rest(tag: Any, f: Any, addresses: Any, factors: Any, ends: Any, j0: int, j1: int, sums: int, out: int) -> None:
+    """Add rows and factors, block after block, the first up to ``ends[0]``, to columns j0 to j1 of `out`."""
+    scratch = np.empty(10 * (f.k // 32) + 256, np.float32)
+    rows, h_at, done = address_of(addresses), address_of(factors), 0
+    for end in ends:
+        clear_sums(tag, sums, j0, j1)
+        while done < end:
+            count = min(CHUNK_ROWS, end - done)
+            ahead = rows + 8 * min(done + count, ends[-1] - count)
+            add_chunk(tag, sums, rows + 8 * done, ahead, h_at + 4 * done, count, j0, j1, f.k, address_of(scratch))
+            done += count
+        add_sums(tag, sums, j0, j1, out)
     scratch[0] = _ZERO
 
 
@@ -243,21 +304,32 @@ def ffn_one(
     code: int, threshold: float, up_code: int, up_threshold: float, x: int, out: int, n_threads: int,
 ) -> None:  # fmt: skip
     """out += sum over n bundles of h * down, for one token; see `Backend.ffn`. Absent slots and biases are 0."""
-    groups = (n + 3) // 4
-    h = np.empty(4 * groups, np.float32)
+    f = _Bundles(
+        rows, stride, slots, n, k, part, gated, up_bias, gate_bias, code, threshold, up_code, up_threshold
+    )  # fmt: skip
+    lines = (k + LINE_COLUMNS - 1) // LINE_COLUMNS
+    own = _blocks_each(n, n_threads)
+    n_own = min(own * n_threads, (n + _BLOCK - 1) // _BLOCK)
+    origin = min(n_own * _BLOCK, n)
+    groups = (n - origin + 3) // 4
+    width = 4 * LINE_COLUMNS * lines
+    sums = np.empty((n_own - own + 1) * lines * LINE_COLUMNS, np.float32)
+    h = np.empty(4 * groups + 4, np.float32)
     for c in prange(n_threads):
-        first, last = c * groups // n_threads * 4, (c + 1) * groups // n_threads * 4
-        _hidden(
-            tag, rows, stride, slots, n, first, last, k, part, gated, up_bias, gate_bias,
-            code, threshold, up_code, up_threshold, x, h,
-        )  # fmt: skip
-    room = n + 4 * (n // _BLOCK + 1)
-    addresses, factors = np.empty(room, np.int64), np.empty(room, np.float32)
-    ends = np.empty(n // CHUNK_ROWS + n // _BLOCK + 2, np.int64)
-    n_chunks = _compact(rows, stride, slots, n, (1 + gated) * part, h, addresses, factors, ends)
-    permuted = np.empty(k, np.float32)
-    lines = (k + _LINE_COLUMNS - 1) // _LINE_COLUMNS
-    if n_chunks > 0:
-        for c in prange(n_threads):
-            j0, j1 = c * lines // n_threads * _LINE_COLUMNS, min((c + 1) * lines // n_threads * _LINE_COLUMNS, k)
-            _add_rows(tag, addresses, factors, ends, n_chunks, j0, j1, k, out, permuted)
+        begin, end = min(c * own, n_own), min((c + 1) * own, n_own)
+        first, last = origin + c * groups // n_threads * 4, origin + (c + 1) * groups // n_threads * 4
+        place, step = address_of(sums), 0
+        if c > 0:
+            place, step = place + (begin - own + 1) * width, width
+        _read(tag, f, begin, end, place, step, first, last, origin, h, x, out)
+    n_rest = (n - origin + _BLOCK - 1) // _BLOCK
+    addresses, factors = np.empty(n_rest * _BLOCK + 4, np.int64), np.empty(n_rest * _BLOCK + 4, np.float32)
+    ends, m = np.empty(n_rest, np.int64), 0
+    for i in range(n_rest):
+        m = _gather(f, origin + i * _BLOCK, origin + (i + 1) * _BLOCK, h, origin, m, addresses, factors)
+        ends[i] = m = _filled(m, addresses, factors)
+    for c in prange(n_threads):
+        j0, j1 = c * lines // n_threads * LINE_COLUMNS, min((c + 1) * lines // n_threads * LINE_COLUMNS, k)
+        for i in range(1, n_own - own + 1):
+            add_sums(tag, address_of(sums) + i * width, j0, j1, out)
+        _add_rest(tag, f, addresses, factors, ends, j0, j1, address_of(sums), out)

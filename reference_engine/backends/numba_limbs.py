@@ -2,11 +2,11 @@
 
 A row is read at memory bandwidth only if few instructions are spent on a weight, so weights are never converted. What
 they meet becomes integers of a common scale, cut into signed bytes, the limbs: one instruction multiplies 64 weights
-with one limb, and sums are exact until they are scaled. Activations have 24 bits, for q8 with one scale for all of
-them, for q4 with one for each group of 32. What is not finite makes its scale NaN.
+with one limb, and sums are exact until they are scaled. Activations have 24 bits and one scale for q8, 16 bits and a
+scale for each group of 32 for q4, where that adds an error of 2e-5. What is not finite makes its scale NaN.
 
 The byte instruction takes unsigned weights: those of q8 are read 128 higher, those of q4 8 higher, which is taken off
-the sums again.
+the sums again. Weights in the high nibbles of q4 are not shifted down but taken 16 times as large.
 
 Knows: q8 and q4 rows (SPEC.md section "Encodings"). Does not know: other encodings, matrices, threads.
 """
@@ -49,16 +49,18 @@ from reference_engine.backends.numba_vectors import (
     vector,
 )
 
-PREFETCH_BYTES: Final = 2048
+PREFETCH_BYTES: Final = 1024
 
 LINE_BYTES: Final = 64
-_X_LIMBS: Final = 3
+_Q8_LIMBS: Final = 3
+_Q4_LIMBS: Final = 2
 LARGEST: Final = {2: 32639.0, 3: 8.3e6}  # n signed bytes hold up to 127 * (256**n - 1) / 255
 SMALLEST_PEAK: Final = 1e-30
 BYTES_OF_128: Final = -0x7F7F7F80
 LOW_NIBBLES: Final = 0x0F0F0F0F
+HIGH_NIBBLES: Final = -0x0F0F0F10
 _PAIR: Final = 128
-_PAIR_BYTES: Final = 2 * _X_LIMBS * LINE_BYTES
+_PAIR_BYTES: Final = 2 * _Q4_LIMBS * LINE_BYTES
 
 
 def constant(value: float) -> Value:
@@ -110,42 +112,42 @@ def prepare_q8(b: Builder, x: Value, k: Value, out: Value) -> None:
         size, peak = unary(b, "fabs", value), b.load(peaks)
         b.store(b.select(b.fcmp_ordered(">", size, peak), size, peak), peaks)
         b.store(b.fadd(b.load(totals), size), totals)
-    inverse, scale = scale_of(b, largest(b, b.load(peaks)), [b.load(totals)], _X_LIMBS)
-    offsets = [variable(b, splat(I32, 0, LANES)) for _ in range(_X_LIMBS)]
+    inverse, scale = scale_of(b, largest(b, b.load(peaks)), [b.load(totals)], _Q8_LIMBS)
+    offsets = [variable(b, splat(I32, 0, LANES)) for _ in range(_Q8_LIMBS)]
     with loop(b, integer(0), k, LINE_BYTES) as (j, _):
-        target = b.add(out, b.mul(j, integer(_X_LIMBS)))
+        target = b.add(out, b.mul(j, integer(_Q8_LIMBS)))
         for i in range(LINE_BYTES // LANES):
             value = load(b, b.add(x, b.mul(b.add(j, integer(LANES * i)), integer(4))), FLOAT, LANES)
             whole = rounded(b, b.fmul(value, broadcast(b, inverse, LANES)))
-            for limb, digits in enumerate(limbs_of(b, whole, _X_LIMBS)):
+            for limb, digits in enumerate(limbs_of(b, whole, _Q8_LIMBS)):
                 store(b, digits, b.add(target, integer(LINE_BYTES * limb + LANES * i)))
         for limb, offset in enumerate(offsets):
             digits = load(b, b.add(target, integer(LINE_BYTES * limb)), I32, LANES)
             b.store(byte_dots(b, b.load(offset), splat(I32, BYTES_OF_128, LANES), digits), offset)
-    tables = b.add(out, b.mul(k, integer(_X_LIMBS)))
+    tables = b.add(out, b.mul(k, integer(_Q8_LIMBS)))
     for limb, offset in enumerate(offsets):
         store(b, b.load(offset), b.add(tables, integer(LINE_BYTES * limb)))
-    store(b, scale, b.add(tables, integer(LINE_BYTES * _X_LIMBS)))
+    store(b, scale, b.add(tables, integer(LINE_BYTES * _Q8_LIMBS)))
 
 
 def dot4_q8(b: Builder, x: Value, k: Value, rows: Sequence[Value], next_rows: Sequence[Value]) -> list[Value]:
     """Dot products of four rows with prepared activations."""
     begin, end = integer(0), b.add(k, integer(LINE_BYTES))
     flip = splat(I32, BYTES_OF_128, LANES)
-    sums = [[variable(b, splat(I32, 0, LANES)) for _ in range(_X_LIMBS)] for _ in rows]
+    sums = [[variable(b, splat(I32, 0, LANES)) for _ in range(_Q8_LIMBS)] for _ in rows]
     for row, next_row in zip(rows, next_rows, strict=True):
         prefetch_ahead(b, row, next_row, begin, begin, end, distance=PREFETCH_BYTES)
     with loop(b, integer(0), k, LINE_BYTES) as (j, _):
-        at, x_at = b.add(j, integer(LINE_BYTES)), b.add(x, b.mul(j, integer(_X_LIMBS)))
-        limbs = [load(b, b.add(x_at, integer(LINE_BYTES * limb)), I32, LANES) for limb in range(_X_LIMBS)]
+        at, x_at = b.add(j, integer(LINE_BYTES)), b.add(x, b.mul(j, integer(_Q8_LIMBS)))
+        limbs = [load(b, b.add(x_at, integer(LINE_BYTES * limb)), I32, LANES) for limb in range(_Q8_LIMBS)]
         for row, next_row, totals in zip(rows, next_rows, sums, strict=True):
             prefetch_ahead(b, row, next_row, at, begin, end, distance=PREFETCH_BYTES)
             weights = b.xor(load(b, b.add(row, at), I32, LANES), flip)
             for limb, total in zip(limbs, totals, strict=True):
                 b.store(byte_dots(b, b.load(total), weights, limb), total)
-    tables = b.add(x, b.mul(k, integer(_X_LIMBS)))
-    offsets = [load(b, b.add(tables, integer(LINE_BYTES * limb)), I32, LANES) for limb in range(_X_LIMBS)]
-    scale = load_scalar(b, b.add(tables, integer(LINE_BYTES * _X_LIMBS)), FLOAT)
+    tables = b.add(x, b.mul(k, integer(_Q8_LIMBS)))
+    offsets = [load(b, b.add(tables, integer(LINE_BYTES * limb)), I32, LANES) for limb in range(_Q8_LIMBS)]
+    scale = load_scalar(b, b.add(tables, integer(LINE_BYTES * _Q8_LIMBS)), FLOAT)
     dots = []
     for row, totals in zip(rows, sums, strict=True):
         exact = [b.sub(b.load(total), offset) for total, offset in zip(totals, offsets, strict=True)]
@@ -161,31 +163,33 @@ def _q4_tables(b: Builder, x: Value, k: Value) -> tuple[Value, Value]:
 
 
 def prepare_q4(b: Builder, x: Value, k: Value, out: Value) -> None:
-    """Write k activations to `out`, of 3.25 * k + 384 bytes.
+    """Write k activations to `out`, of 2.25 * k + 256 bytes.
 
     That is, for each 128 [low or high nibble][limb][64] bytes, where the 64 are the 32 of one block and the 32 of the
     next, as the nibbles of 64 bytes of a row lie; then the scale of each group, float32; then, of each group, 8 times
-    the sum over the scale.
+    the sum over the scale. Groups in high nibbles, which are not shifted down, have a 16th of the scale.
     """
     scales, sums = _q4_tables(b, out, k)
-    with loop(b, integer(0), b.sdiv(k, integer(32)), 1) as (group, _):
-        at = b.add(x, b.mul(group, integer(128)))
-        halves = [load(b, b.add(at, integer(64 * i)), FLOAT, LANES) for i in (0, 1)]
-        first, second = (unary(b, "fabs", half) for half in halves)
-        peak = largest(b, b.select(b.fcmp_ordered(">", first, second), first, second))
-        inverse, scale = scale_of(b, peak, (first, second), _X_LIMBS)
-        pair, nibble, block = b.lshr(group, integer(2)), b.and_(group, integer(1)), b.and_(group, integer(2))
-        target = b.add(out, b.mul(pair, integer(_PAIR_BYTES)))
-        target = b.add(target, b.add(b.mul(nibble, integer(_X_LIMBS * LINE_BYTES)), b.mul(block, integer(16))))
-        total = splat(I32, 0, LANES)
-        for i, half in enumerate(halves):
-            whole = rounded(b, b.fmul(half, broadcast(b, inverse, LANES)))
-            total = b.add(total, whole)
-            for limb, digits in enumerate(limbs_of(b, whole, _X_LIMBS)):
-                store(b, digits, b.add(target, integer(LINE_BYTES * limb + LANES * i)))
-        store(b, scale, b.add(scales, b.mul(group, integer(4))))
-        eight_sums = b.fmul(horizontal_sum(b, b.sitofp(total, vector(FLOAT, LANES))), constant(8.0))
-        store(b, eight_sums, b.add(sums, b.mul(group, integer(4))))
+    with loop(b, integer(0), b.sdiv(k, integer(64)), 1) as (block, _):
+        for high in (0, 1):
+            group = b.add(b.mul(block, integer(2)), integer(high))
+            at = b.add(x, b.mul(group, integer(128)))
+            halves = [load(b, b.add(at, integer(64 * i)), FLOAT, LANES) for i in (0, 1)]
+            first, second = (unary(b, "fabs", half) for half in halves)
+            peak = largest(b, b.select(b.fcmp_ordered(">", first, second), first, second))
+            inverse, scale = scale_of(b, peak, (first, second), _Q4_LIMBS)
+            target = b.add(out, b.mul(b.lshr(block, integer(1)), integer(_PAIR_BYTES)))
+            target = b.add(target, b.mul(b.and_(block, integer(1)), integer(32)))
+            target = b.add(target, integer(high * _Q4_LIMBS * LINE_BYTES))
+            total = splat(I32, 0, LANES)
+            for i, half in enumerate(halves):
+                whole = rounded(b, b.fmul(half, broadcast(b, inverse, LANES)))
+                total = b.add(total, whole)
+                for limb, digits in enumerate(limbs_of(b, whole, _Q4_LIMBS)):
+                    store(b, digits, b.add(target, integer(LINE_BYTES * limb + LANES * i)))
+            store(b, b.fmul(scale, constant(1 / 16 if high else 1)), b.add(scales, b.mul(group, integer(4))))
+            eights = horizontal_sum(b, b.sitofp(total, vector(FLOAT, LANES)))
+            store(b, b.fmul(eights, constant(8.0 * 16**high)), b.add(sums, b.mul(group, integer(4))))
 
 
 def dot4_q4(
@@ -220,7 +224,7 @@ def dot4_q4(
         """One or two blocks, from an even group on; a second block that is not there is zero."""
         at = b.add(offset, b.mul(group, integer(16)))
         x_at = b.add(x, b.mul(b.lshr(group, integer(2)), integer(_PAIR_BYTES)))
-        limbs = [load(b, b.add(x_at, integer(LINE_BYTES * i)), I32, LANES) for i in range(2 * _X_LIMBS)]
+        limbs = [load(b, b.add(x_at, integer(LINE_BYTES * i)), I32, LANES) for i in range(2 * _Q4_LIMBS)]
         for r, row in enumerate(rows):
             ahead(at, r)
             values = load(b, b.add(row, at), I32, 8 * n_blocks)
@@ -228,10 +232,10 @@ def dot4_q4(
             if n_blocks == 1:
                 values = shuffle(b, values, splat(I32, 0, 8), range(LANES))
                 row_scales = shuffle(b, row_scales, splat(FLOAT, 0.0, 2), range(4))
-            low_mask, four = splat(I32, LOW_NIBBLES, LANES), splat(I32, 4, LANES)
-            for high, nibbles in enumerate((b.and_(values, low_mask), b.and_(b.lshr(values, four), low_mask))):
+            for high, mask in enumerate((LOW_NIBBLES, HIGH_NIBBLES)):
+                nibbles = b.and_(values, splat(I32, mask, LANES))
                 total = splat(I32, 0, LANES)
-                for limb in limbs[_X_LIMBS * high : _X_LIMBS * (high + 1)]:
+                for limb in limbs[_Q4_LIMBS * high : _Q4_LIMBS * (high + 1)]:
                     total = byte_dots(b, b.shl(total, splat(I32, 8, LANES)), nibbles, limb)
                 spread = shuffle(b, row_scales, row_scales, [high] * 8 + [2 + high] * 8)
                 product = b.sitofp(total, vector(FLOAT, LANES))

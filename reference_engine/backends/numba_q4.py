@@ -57,14 +57,15 @@ def permute(b: Builder, x: Value, j0: Value, j1: Value, out: Value) -> None:
             store(b, columns, b.add(out, b.add(at, integer(64 * odd))))
 
 
-def unpermute(b: Builder, y: Value, j0: Value, j1: Value, out: Value) -> None:
-    """Undo `permute`."""
+def add_permuted(b: Builder, y: Value, j0: Value, j1: Value, out: Value) -> None:
+    """Add columns of y, which are in the order of `permute`, to those of `out`."""
     with loop(b, j0, j1, 32) as (j, _):
         at = b.mul(j, integer(4))
         even, odd = (load(b, b.add(y, b.add(at, integer(64 * i))), FLOAT, LANES) for i in (0, 1))
         for half in (0, 1):
             order = [8 * half + i // 2 + LANES * (i % 2) for i in range(LANES)]
-            store(b, shuffle(b, even, odd, order), b.add(out, b.add(at, integer(64 * half))))
+            place = b.add(out, b.add(at, integer(64 * half)))
+            store(b, b.fadd(load(b, place, FLOAT, LANES), shuffle(b, even, odd, order)), place)
 
 
 def _deinterleaved(b: Builder, address: Value) -> tuple[Value, Value]:

@@ -166,10 +166,11 @@ def largest(b: Builder, value: Value) -> Value:
 
 
 def rounded(b: Builder, x: Value) -> Value:
-    """Floats within the range of int32 to the nearest, ties to even; NaN becomes 0."""
+    """Floats within the range of int32 to the nearest, ties to even; what NaN becomes is not said."""
     lanes = x.type.count
-    number = b.select(b.fcmp_ordered("ord", x, x), x, splat(FLOAT, 0.0, lanes))
-    return b.fptosi(unary(b, "rint", number), vector(I32, lanes))
+    function_type = ir.FunctionType(vector(I32, lanes), [x.type])
+    name = f"llvm.lrint.v{lanes}i32.v{lanes}f32"
+    return b.call(cgutils.get_or_insert_function(b.module, function_type, name), [x])
 
 
 def variable(b: Builder, initial: Value) -> Value:

@@ -1,8 +1,8 @@
 """Dot products, scaled sums and decoding of encoded rows, as vector code for numba kernels.
 
 Four rows are read at once, each with its own prefetches: that is what brings a core to its memory bandwidth. Weights
-meet activations of float32 precision, so quantised encodings lose nothing beyond their own rounding. The code for q4 is
-in `numba_q4`.
+meet activations of float32 precision, those of q4 of 16 bits and more: little beside the encoding's own rounding. The
+code for quantised encodings is in `numba_limbs`, `numba_chunks` and `numba_q4`.
 
 Knows: one encoded row (SPEC.md section "Encodings"). Does not know: matrices, threads.
 """
@@ -20,7 +20,7 @@ from numba import types
 from flashfmt.encodings import Encoding
 from reference_engine.backends import numba_chunks as chunks
 from reference_engine.backends import numba_limbs as limbs
-from reference_engine.backends.numba_q4 import axpy4_q4, decode_q4, dot4_q4, permute, prepare_q4, unpermute
+from reference_engine.backends.numba_q4 import add_permuted, axpy4_q4, decode_q4, dot4_q4, prepare_q4
 from reference_engine.backends.numba_vectors import (
     FLOAT,
     HAS_BYTE_DOTS,
@@ -49,6 +49,7 @@ from reference_engine.backends.numba_vectors import (
 )
 
 N_ROWS: Final = 4
+LINE_COLUMNS: Final = 128
 PREFETCH_BYTES: Final = 2048
 
 TAGS: Final[dict[Encoding, np.generic]] = {
@@ -104,8 +105,9 @@ def add_chunk(
 ) -> None:  # fmt: skip
     """Add n <= `CHUNK_ROWS` rows, a multiple of 4, times their factors, to columns j0 to j1 of y.
 
-    `y` is what `begin_sum` returned, `rows` the address of the rows' addresses, int64 [n], `next_rows` that of as many
-    to be read next. j0 is a multiple of 64. `scratch` is float32 [10 * k / 32 + 64], used by quantised encodings.
+    `y` holds sums in an order of the encoding's own, see `clear_sums` and `add_sums`. `rows` is the address of
+    addresses, int64 [n], `next_rows` that of as many to be read next. j0 is a multiple of `LINE_COLUMNS`, and j1 is one
+    or k. `scratch` is float32 [10 * k / 32 + 256], used by quantised encodings.
     """
     if HAS_BYTE_DOTS and tag == Q8:
         chunks.axpy_q8(b, y, (j0, j1), scratch, rows, next_rows, factors, n)
@@ -159,20 +161,32 @@ def prepared_x(b: Builder, tag: Any, x: Value, k: Value, out: Value) -> Value:
     return out
 
 
-@vector_code(types.int64)
-def begin_sum(b: Builder, tag: Any, out: Value, j0: Value, j1: Value, scratch: Value) -> Value:
-    """Address of columns as `add_chunk` adds to them: `out` itself, or `scratch` with columns j0 to j1 of it."""
-    if HAS_BYTE_DOTS or tag != Q4:
-        return out
-    permute(b, out, j0, j1, scratch)
-    return scratch
+@vector_code()
+def clear_sums(b: Builder, _tag: Any, sums: Value, j0: Value, j1: Value) -> None:
+    """Set columns j0 to j1 of sums to 0, and those up to a multiple of `LINE_COLUMNS`, for which they have room."""
+    with loop(b, j0, round_down(b, b.add(j1, integer(LINE_COLUMNS - 1)), LINE_COLUMNS), LANES) as (j, _):
+        store(b, splat(FLOAT, 0.0, LANES), b.add(sums, b.mul(j, integer(4))))
 
 
 @vector_code()
-def end_sum(b: Builder, tag: Any, y: Value, j0: Value, j1: Value, out: Value) -> None:
-    """Bring columns j0 to j1 back to `out` from where `begin_sum` put them."""
-    if tag == Q4 and not HAS_BYTE_DOTS:
-        unpermute(b, y, j0, j1, out)
+def add_sums(b: Builder, tag: Any, sums: Value, j0: Value, j1: Value, out: Value) -> None:
+    """Add columns j0 to j1 of what `add_chunk` summed to those of `out`, float32 in the order of the columns."""
+    if tag == Q8 and HAS_BYTE_DOTS:
+        chunks.add_q8(b, sums, (j0, j1), out)
+        return
+    if tag == Q4:
+        if HAS_BYTE_DOTS:
+            chunks.add_q4(b, sums, (j0, j1), out)
+        else:
+            add_permuted(b, sums, j0, j1, out)
+        return
+    whole = b.add(j0, round_down(b, b.sub(j1, j0), LANES))
+    for start, stop, lanes in ((j0, whole, LANES), (whole, j1, 1)):
+        with loop(b, start, stop, lanes) as (j, _):
+            at = b.mul(j, integer(4))
+            place = b.add(out, at)
+            total = b.fadd(load(b, place, FLOAT, lanes), load(b, b.add(sums, at), FLOAT, lanes))
+            store(b, total, place)
 
 
 def _weights(b: Builder, tag: Any, row: Value, j: Value, lanes: int) -> Value:

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from flashfmt.encodings import Encoding
 from flashfmt.manifest import Activation, ActivationKind
+from reference_engine.backends.activations import ACTIVATION_CODES
+from reference_engine.backends.numba_kernels import ffn_one
+from reference_engine.backends.numba_weights import TAGS
 
 FEW = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SILU, RELU = Activation(kind="silu"), Activation(kind="relu")
@@ -16,7 +19,7 @@ EXACT, ROUNDED = 2e-5, 1e-4
 
 
 def bound(encoding: Encoding) -> float:
-    """Error relative to the largest output: one token's down projection of q4 has factors of 16 bits."""
+    """Error relative to the largest output: activations and factors of one token and q4 have 16 bits."""
     return ROUNDED if encoding is Encoding.Q4 else EXACT
 
 
@@ -169,6 +172,47 @@ def test_same_bits_however_cut(backend, numba_backends, weights, encoding, activ
         other.ffn(shape, rows, None, x, out, up_bias=up_bias, gate_bias=gate_bias)
         results.append(out)
     assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("n", [6, 63, 64, 130, 200, 300])
+def test_same_bits_however_threads_share_it(weights, encoding, n):
+    """Each thread reads whole blocks and all share the rest, which depends on their number and on that of bundles."""
+    source = weights(17)
+    d_model = 320 if encoding.is_quantised else 300
+    shape, rows, _ = source.bundles(encoding, 300, d_model, RELU)
+    x, start = source.normal(1, d_model), source.normal(1, d_model)
+    relu, identity = ACTIVATION_CODES["relu"], ACTIVATION_CODES["identity"]
+    results = []
+    for n_threads in (1, 2, 3, 5, 16):
+        out = start.copy()
+        ffn_one(
+            TAGS[encoding], rows.ctypes.data, shape.stride, 0, n, d_model, shape.part.nbytes, 1, 0, 0, relu, 0.0,
+            identity, 0.0, x.ctypes.data, out.ctypes.data, n_threads,
+        )  # fmt: skip
+        results.append(out)
+    assert not np.array_equal(results[0], start)
+    for out in results[1:]:
+        assert np.array_equal(out, results[0])
+
+
+@pytest.mark.parametrize("n", [70, 128, 256])
+def test_down_rows_of_silent_neurons_are_not_read(numba_backends, weights, encoding, n):
+    source = weights(18)
+    shape, rows, _ = source.bundles(encoding, n, 192, RELU, gated=False)
+    down = slice(shape.part.nbytes, 2 * shape.part.nbytes)
+    up_bias = source.normal(n)
+    silent = source.rng.random(n) < 0.6
+    up_bias[silent] = -1e6
+    x = source.normal(1, 192)
+    for backend in numba_backends:
+        outs = []
+        for filling in (0, 0xFF):
+            rows[silent, down] = filling
+            out = np.zeros((1, 192), np.float32)
+            backend.ffn(shape, rows, None, x, out, up_bias=up_bias)
+            outs.append(out)
+        assert np.isfinite(outs[1]).all()
+        assert np.array_equal(*outs)
 
 
 def test_a_token_does_not_depend_on_the_others(numba_backends, weights, encoding):

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from flashfmt.encodings import Encoding
 from reference_engine.backends import Matrix
 
+EXACT, ROUNDED = 5e-6, 5e-5
+
 FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def bound(encoding: Encoding, n_tokens: int) -> float:
+    """Error relative to the largest output: q4 rounds the activations of one token to 16 bits."""
+    return ROUNDED if encoding is Encoding.Q4 and n_tokens == 1 else EXACT
 
 
 @FEW
@@ -28,8 +35,8 @@ def test_matches_float64(
     out = np.full((n_tokens, n_rows), np.nan, np.float32)
     expected = oracle.matmul(decoded, x, bias)
     assert backend.matmul(matrix, x, out, bias) is out
-    bound = np.abs(decoded).astype(np.float64).max(initial=0) * np.abs(x).max() * np.sqrt(n_cols)
-    assert np.abs(out - expected).max() <= 1e-5 * bound
+    largest = np.abs(decoded).astype(np.float64).max(initial=0) * np.abs(x).max() * np.sqrt(n_cols)
+    assert np.abs(out - expected).max() <= 2 * bound(encoding, n_tokens) * largest
     assert np.array_equal(backend.matmul(matrix, x, None, bias), out)
 
 
@@ -37,10 +44,10 @@ def test_error_of_a_large_matrix(backend, oracle, weights, relative_error, encod
     source = weights(1)
     matrix, decoded = source.matrix(encoding, 256, 4096)
     x = source.normal(1, 4096)
-    assert relative_error(backend.matmul(matrix, x), oracle.matmul(decoded, x)) <= 5e-6
+    assert relative_error(backend.matmul(matrix, x), oracle.matmul(decoded, x)) <= bound(encoding, 1)
     for size in (80, 1000):
         x[0, [17, 1000]] = 0.75 * size, -size
-        assert relative_error(backend.matmul(matrix, x), oracle.matmul(decoded, x)) <= 1e-5
+        assert relative_error(backend.matmul(matrix, x), oracle.matmul(decoded, x)) <= 2 * bound(encoding, 1)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
