@@ -1,8 +1,9 @@
 """Speed of the kernels against the memory bandwidth of the same run: ``python benchmarks/kernels.py [--json FILE]``.
 
 Every figure of one token is stored bytes read a second over what a plain read of 1 GiB reaches with as many threads;
-matrices are cycled through so that none is found in a cache. Several tokens are given in GFLOP/s. Nothing else
-should run on the machine: the load average is reported with the results.
+matrices are cycled through so that none is found in a cache. Each is given twice: of the kernel alone, which is how
+compiled code calls it for a whole layer, and of the backend's function, with what Python adds. Several tokens are given
+in GFLOP/s. Nothing else should run on the machine: the load average is reported with the results.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ import numpy as np
 from flashfmt.encodings import Encoding, encode, part_layout
 from flashfmt.manifest import Activation
 from reference_engine.backends import Backend, FfnShape, Matrix, load_backend
+from reference_engine.backends.activations import ACTIVATION_CODES
+from reference_engine.backends.numba_kernels import ffn_one, matmul_one
+from reference_engine.backends.numba_weights import TAGS
 
 WIDTH = 4096
 WORKING_SET_BYTES = 600 << 20
 READ_BYTES = 1 << 30
 ENCODINGS = (Encoding.F32, Encoding.F16, Encoding.BF16, Encoding.Q8, Encoding.Q4)
+ONE_TOKEN = ("gemv", "ffn gated", "ffn sparse 500")
 SILU, IDENTITY = Activation(kind="silu"), Activation(kind="identity")
 
 
@@ -70,26 +75,43 @@ def measure(backend: Backend, encoding: Encoding) -> dict[str, float]:
     matrices = [Matrix(encoding, WIDTH, WIDTH, data) for data in copies]
     part = part_layout(encoding, WIDTH)
     x, out = rng.standard_normal((1, WIDTH)).astype(np.float32), np.zeros((1, WIDTH), np.float32)
-    seconds = {"gemv": median_seconds(lambda i: backend.matmul(matrices[i % len(copies)], x, out))}
-    nbytes = {"gemv": stored.nbytes}
+    tag, n_threads = TAGS[encoding], backend.n_threads
+    bases = [data.ctypes.data for data in copies]
+    xa, oa = x.ctypes.data, out.ctypes.data
 
-    def bundles(parts: tuple[str, ...], up: Activation) -> tuple[FfnShape, list[Any]]:
+    def bundles(parts: tuple[str, ...]) -> tuple[FfnShape, list[Any]]:
         stride = len(parts) * part.nbytes
         n = stored.nbytes // stride
-        shape = FfnShape(encoding, parts, WIDTH, part, stride, SILU if len(parts) == 3 else up, IDENTITY)
+        shape = FfnShape(encoding, parts, WIDTH, part, stride, SILU if len(parts) == 3 else IDENTITY, IDENTITY)
         return shape, [data.view(np.uint8).reshape(-1)[: n * stride].reshape(n, stride) for data in copies]
 
-    gated, gated_rows = bundles(("gate", "up", "down"), IDENTITY)
-    nbytes["ffn gated"] = gated_rows[0].nbytes
-    seconds["ffn gated"] = median_seconds(lambda i: backend.ffn(gated, gated_rows[i % len(copies)], None, x, out))
-    plain, plain_rows = bundles(("up", "down"), IDENTITY)
+    def add_bundles(shape: FfnShape, base: int, slots: int, n: int) -> None:
+        code, up_code = (ACTIVATION_CODES[function.kind] for function in (shape.activation, shape.up_activation))
+        ffn_one(
+            tag, base, shape.stride, slots, n, WIDTH, part.nbytes, int(shape.is_gated), 0, 0, code, 0.0, up_code, 0.0,
+            xa, oa, n_threads,
+        )  # fmt: skip
+
+    gated, gated_rows = bundles(("gate", "up", "down"))
+    plain, plain_rows = bundles(("up", "down"))
     slots = np.sort(rng.permutation(len(plain_rows[0]))[:500]).astype(np.int32)
-    nbytes["ffn sparse 500"] = 500 * plain.stride
-    seconds["ffn sparse 500"] = median_seconds(
-        lambda i: backend.ffn(plain, plain_rows[i % len(copies)], slots, x, out), 90
-    )
-    result = {f"{name} us": seconds[name] * 1e6 for name in seconds}
-    result |= {f"{name} bytes/s": nbytes[name] / seconds[name] for name in seconds}
+    nbytes = dict(zip(ONE_TOKEN, (stored.nbytes, gated_rows[0].nbytes, 500 * plain.stride), strict=True))
+    n = len(copies)
+    calls: dict[str, Callable[[int], object]] = {
+        "gemv": lambda i: backend.matmul(matrices[i % n], x, out),
+        "gemv kernel": lambda i: matmul_one(
+            tag, bases[i % n], copies[0].strides[0], WIDTH, xa, WIDTH, oa, 0, n_threads
+        ),
+        "ffn gated": lambda i: backend.ffn(gated, gated_rows[i % n], None, x, out),
+        "ffn gated kernel": lambda i: add_bundles(gated, bases[i % n], 0, len(gated_rows[0])),
+        "ffn sparse 500": lambda i: backend.ffn(plain, plain_rows[i % n], slots, x, out),
+        "ffn sparse 500 kernel": lambda i: add_bundles(plain, bases[i % n], slots.ctypes.data, 500),
+    }
+    result = {}
+    for name, call in calls.items():
+        seconds = median_seconds(call, 90)
+        result[f"{name} us"] = seconds * 1e6
+        result[f"{name} bytes/s"] = nbytes[name.removesuffix(" kernel")] / seconds
 
     for n_tokens in (16, 128):
         many = rng.standard_normal((n_tokens, WIDTH)).astype(np.float32)
@@ -135,15 +157,21 @@ def main() -> None:
     write = sys.stdout.write
     write(f"{backend.n_threads} threads, load average {load:.2f} at start; reads at ")
     write(" and ".join(f"{c / 1e9:.1f}" for c in ceilings) + " GB/s before and after\n\n")
-    write("        one token: us (share of bandwidth)                    several tokens: GFLOP/s\n")
-    write("        gemv          ffn gated     ffn sparse 500   matmul 16    128   ffn 16    128\n")
+    write("        one token: us (share of bandwidth), the kernel alone | through the backend\n")
+    write("        gemv                          ffn gated                     ffn sparse 500\n")
     for encoding, figures in kernels.items():
         cells = [
-            f"{figures[f'{name} us']:6.0f} ({figures[f'{name} bytes/s'] / ceiling:.2f})"
-            for name in ("gemv", "ffn gated", "ffn sparse 500")
+            " | ".join(
+                f"{figures[f'{call} us']:6.0f} ({figures[f'{call} bytes/s'] / ceiling:.2f})"
+                for call in (f"{name} kernel", name)
+            )
+            for name in ONE_TOKEN
         ]
+        write(f"{encoding:5}" + " ".join(cells) + "\n")
+    write("\n        several tokens: GFLOP/s\n        matmul 16    128   ffn 16    128\n")
+    for encoding, figures in kernels.items():
         rates = [figures[f"{name} GFLOP/s"] for name in ("matmul 16", "matmul 128", "ffn 16", "ffn 128")]
-        write(f"{encoding:5}" + "  ".join(cells) + "     " + "".join(f"{rate:8.0f}" for rate in rates) + "\n")
+        write(f"{encoding:9}" + "".join(f"{rate:8.0f}" for rate in rates) + "\n")
     write("\nattention, 4096 positions: " + ", ".join(f"{k} {v:.0f}" for k, v in attention.items()) + "\n")
     if arguments.json:
         machine = {"processor": platform.processor(), "cores": os.cpu_count(), "load_average": load}
