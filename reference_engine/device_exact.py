@@ -91,6 +91,11 @@ class DeviceExactBundles(WithoutLookAhead):
         self._device.wait("compute", self._device.record("copy"))
         self._refill(0)
 
+    def whole(self, layer: int) -> DeviceArray | None:
+        """See `BundleSource.whole`; after `load`."""
+        runs = self._runs[layer]
+        return self._pinned[runs[0][0]] if len(runs) == 1 and self._is_pinned[runs[0][0]] else None
+
     def blocks(self, layer: int, x: F32) -> Iterator[BundleBlock]:
         """Blocks of a layer in neuron order, on the device, whatever `x`; each is valid until the next is asked for.
 
