@@ -163,9 +163,9 @@ def plan(model: Path, as_json: bool, **options: Any) -> None:
     """Say what of MODEL would be held where under a memory ceiling. Loads nothing."""
     with _engine(model, options, _tokenizer_if_any) as engine:
         if as_json:
-            click.echo(json.dumps(engine.plan.as_dict()))
+            click.echo(json.dumps(_plan_dict(engine)))
         else:
-            _print_plan(Console(), engine.plan)
+            _print_plan(Console(), engine)
 
 
 @click.command()
@@ -397,7 +397,7 @@ def _load(engine: Engine, *, quiet: bool) -> None:
     if quiet:
         engine.load()
         return
-    _print_plan(Console(stderr=True), engine.plan)
+    _print_plan(Console(stderr=True), engine)
     with _progress("loading", engine.load_nbytes) as advance:
         engine.load(advance)
 
@@ -410,7 +410,13 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
-def _print_plan(console: Console, plan: MemoryPlan | SparsePlan) -> None:
+def _plan_dict(engine: Engine) -> dict[str, Any]:
+    way = engine.device_way
+    return engine.plan.as_dict() | ({} if way is None else {"way_to_device": way.as_dict()})
+
+
+def _print_plan(console: Console, engine: Engine) -> None:
+    plan = engine.plan
     table = Table(title=f"memory plan for a ceiling of {format_size(plan.ceiling)}", title_justify="left")
     table.add_column("what")
     table.add_column("bytes", justify="right")
@@ -424,6 +430,8 @@ def _print_plan(console: Console, plan: MemoryPlan | SparsePlan) -> None:
     if isinstance(plan, SparsePlan):
         table.caption = "what the selector leaves out counts as zero: the output is an approximation"
     console.print(table)
+    if engine.device_way is not None:
+        console.print(f"bundles to the device: {engine.device_way.name} ({engine.device_way.reason})", highlight=False)
 
 
 def _print_statistics(generation: Generation) -> None:
@@ -441,6 +449,6 @@ def _report(engine: Engine, generation: Generation) -> dict[str, Any]:
         "token_ids": generation.token_ids,
         "finish_reason": generation.finish_reason,
         "statistics": generation.statistics.as_dict(),
-        "plan": engine.plan.as_dict(),
+        "plan": _plan_dict(engine),
         **({} if engine.sparse is None else {"sparse": engine.sparse.totals.as_dict()}),
     }

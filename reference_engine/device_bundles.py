@@ -23,6 +23,7 @@ from typing import Final
 from flashfmt import FlashModel
 from reference_engine.backends.cupy_protocol import Device
 from reference_engine.bundle_checksums import Verify
+from reference_engine.device_direct import SlotReader
 from reference_engine.device_landing import LandingRing
 from reference_engine.device_layer import GROUP_BUNDLES, DeviceFetch, DeviceLayer
 from reference_engine.flash_io import IoCounters, RangeReader
@@ -61,6 +62,7 @@ class DeviceBundles:
     tier_capacities : for each layer the slots of its second tier; None for none.
     open_reader : opens a file of bundles for reading.
     hints : for each layer a selector whose choice is read ahead, without being decisive; None for no hints.
+    open_direct : opens such a file for reading straight to the slots, where that is the faster way; None lets all land.
     overlap : hand out what is held while the rest is read; without it, wait until all is there.
     verify : when to check bundle checksums.
 
@@ -81,6 +83,7 @@ class DeviceBundles:
         open_reader: OpenReader,
         tier_capacities: Sequence[int] | None = None,
         hints: Sequence[TappedSelector] | None = None,
+        open_direct: Callable[[Path], SlotReader] | None = None,
         overlap: bool = True,
         verify: Verify = "first",
     ) -> None:
@@ -88,6 +91,7 @@ class DeviceBundles:
         self._hints = hints
         self._overlap = overlap
         self._readers: dict[Path, RangeReader] = {}
+        self._direct: dict[Path, SlotReader] = {}
         self._states = [_LayerState() for _ in model.layers]
         self._layers: list[DeviceLayer] = []
         self._steps: list[LayerStep] = []
@@ -110,6 +114,8 @@ class DeviceBundles:
                 path = info.extent.path
                 if path not in self._readers:
                     self._readers[path] = open_reader(path)
+                    if open_direct is not None:
+                        self._direct[path] = open_direct(path)
                 layer_bundles = DeviceLayer(
                     info,
                     device,
@@ -120,6 +126,7 @@ class DeviceBundles:
                     checksums=model.bundles(info.layer).checksums,
                     verify=verify,
                     reader=self._readers[path],
+                    direct=self._direct.get(path),
                 )
                 self._layers.append(layer_bundles)
         except BaseException:
@@ -211,7 +218,7 @@ class DeviceBundles:
     @property
     def counters(self) -> IoCounters:
         """Bytes and requests of all files so far, and the seconds spent waiting for reads."""
-        parts = [reader.counters for reader in self._readers.values()]
+        parts = [reader.counters for reader in self._all_readers]
         return IoCounters(
             sum(p.bytes_read for p in parts), sum(p.n_requests for p in parts), self.totals.total("wait_seconds")
         )
@@ -222,8 +229,12 @@ class DeviceBundles:
             if state.on_the_way is not None:
                 state.on_the_way.finish()
                 state.on_the_way = None
-        for reader in self._readers.values():
+        for reader in self._all_readers:
             reader.close()
+
+    @property
+    def _all_readers(self) -> list[RangeReader | SlotReader]:
+        return [*self._readers.values(), *self._direct.values()]
 
     def _look_ahead(self, layer: int, point: TapPoint, x: F32) -> None:
         """Select for the layers that look at this activation, and begin to read what they miss."""

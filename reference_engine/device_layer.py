@@ -3,6 +3,10 @@
 `fetch` takes the neurons that are wanted, steps the window, moves what leaves to the second tier and what is found
 there back, and begins to read the others. What cannot be read, or does not match its checksum, is rolled back.
 
+Bundles land in page-locked memory and are copied to their slots from there. Where a `SlotReader` is given, those that
+nobody has to check go straight to their slots, unless they are read ahead: there is time for a copy then, and
+`SlotReader` could not let others go first.
+
 Knows: one layer. Does not know: how neurons are selected, arithmetic.
 """
 
@@ -20,8 +24,9 @@ import numpy.typing as npt
 
 from flashfmt import BundlesInfo
 from flashfmt.errors import FlashError, FlashReadError
-from reference_engine.backends.cupy_protocol import Bytes, Device, DeviceArray
+from reference_engine.backends.cupy_protocol import Bytes, Device, DeviceArray, Event
 from reference_engine.bundle_checksums import Verify, require_checksums
+from reference_engine.device_direct import SlotReader, SlotReads
 from reference_engine.device_landing import Arriving, LandingRing
 from reference_engine.device_slots import Slots, SlotTable, VictimTable
 from reference_engine.flash_io import RangeReader
@@ -42,6 +47,7 @@ class DeviceLayer:
     checksums : uint32 [n_neurons] of the layer.
     verify : check bundles never, when they first arrive, or whenever they arrive.
     reader : of the layer's file.
+    direct : of the layer's file, too, straight to the slots; None lets everything land.
 
     Attributes
     ----------
@@ -60,6 +66,7 @@ class DeviceLayer:
         checksums: npt.NDArray[np.uint32],
         verify: Verify,
         reader: RangeReader,
+        direct: SlotReader | None = None,
     ) -> None:
         n_neurons, stride = info.geometry.n_neurons, info.geometry.stride
         self.info = info
@@ -75,6 +82,7 @@ class DeviceLayer:
         self._verify = verify
         self._is_verified = np.zeros(n_neurons, np.bool_)
         self._reader = reader
+        self._direct = direct
 
     def fetch(self, wanted: Ids, *, ahead: bool = False) -> DeviceFetch:
         """Hold the neurons `wanted`, and begin to read those that are not held. No other fetch may be unfinished.
@@ -94,7 +102,7 @@ class DeviceLayer:
         given_up = self._table.release(step.evicted)
         self._table.assign(step.missing)
         found, found_in, kept, kept_in = self._exchange(step.missing, step.evicted)
-        missing = np.setdiff1d(step.missing, found, assume_unique=True)
+        missing, n_direct = self._ways(np.setdiff1d(step.missing, found, assume_unique=True))
         order = np.concatenate((np.setdiff1d(wanted, missing, assume_unique=True), missing))
         ids, slots, kept_from, kept_to, found_from, found_to = self._upload(
             order, self._table.slots(order), given_up[len(given_up) - len(kept) :], kept_in,
@@ -105,7 +113,7 @@ class DeviceLayer:
         self._move(self._tier_rows, found_from, self.rows, found_to)
         if len(kept) or len(found):
             self.device.wait("compute", self.device.record("copy"))
-        fetch = DeviceFetch(self, order, len(order) - len(missing), ids, slots, ahead=ahead)
+        fetch = DeviceFetch(self, order, len(order) - len(missing), ids, slots, n_direct=n_direct, ahead=ahead)
         fetch.n_hits, fetch.n_evicted, fetch.n_found = len(step.hits), len(step.evicted), len(found)
         fetch.costs = Costs(upkeep_seconds=time.perf_counter() - began)
         fetch.begin()
@@ -125,18 +133,22 @@ class DeviceLayer:
             step = self.window.step(active)
             self._table.release(step.evicted)
             self._table.assign(step.missing)
-        held = self.window.held()
+        held, n_direct = self._ways(self.window.held())
         ids, slots = self._upload(held, self._table.slots(held))
         self.device.wait("copy", self.device.record("compute"))
-        fetch = DeviceFetch(self, held, 0, ids, slots, ahead=False)
+        fetch = DeviceFetch(self, held, 0, ids, slots, n_direct=n_direct, ahead=False)
         fetch.begin()
         return fetch
 
     def begin(self, ids: Ids, *, ahead: bool) -> Arriving:
         """Begin to read bundles to a buffer of the ring."""
-        stride = self.info.geometry.stride
-        offsets = ids.astype(np.int64) * stride + self.info.extent.offset
-        return self.ring.begin(self._reader, offsets, stride, ahead=ahead)
+        return self.ring.begin(self._reader, self._offsets(ids), self.info.geometry.stride, ahead=ahead)
+
+    def begin_direct(self, ids: Ids) -> SlotReads:
+        """Begin to read bundles straight to their slots, which must not be in use any more."""
+        if self._direct is None:
+            raise RuntimeError("this layer has nothing that reads straight to its slots")
+        return self._direct.begin(self._offsets(ids), self.rows, self._table.slots(ids))
 
     def land(self, ids: Ids, arriving: Arriving, slots: DeviceArray) -> Costs:
         """Wait for bundles, check them, and begin to copy them to their slots; later kernels find them there.
@@ -164,6 +176,24 @@ class DeviceLayer:
             bytes_read=int(plan.nbytes.sum()),
         )
 
+    def settle(self, ids: Ids, reads: SlotReads) -> Costs:
+        """Wait until bundles are in their slots; kernels that are launched from now on find them there.
+
+        Raises
+        ------
+        FlashReadError
+        """
+        n_requests, began = len(reads), time.perf_counter()
+        try:
+            reads.wait()
+        except FlashReadError as error:
+            raise _named(error, self.info, ids) from error
+        return Costs(
+            wait_seconds=time.perf_counter() - began,
+            n_requests=n_requests,
+            bytes_read=n_requests * self.info.geometry.stride,
+        )
+
     def forget(self, ids: Ids) -> None:
         """No longer hold neurons whose bundles did not come."""
         if len(ids):
@@ -176,6 +206,18 @@ class DeviceLayer:
             nothing = missing[:0]
             return nothing, nothing, nothing, nothing
         return self._tier.exchange(missing, evicted)
+
+    def _ways(self, missing: Ids) -> tuple[Ids, int]:
+        """`missing`, sorted, with those first that may go straight to their slots, and how many these are."""
+        if self._direct is None or self._verify == "always":
+            return missing, 0
+        if self._verify == "never":
+            return missing, len(missing)
+        is_verified = self._is_verified[missing]
+        return np.concatenate((missing[is_verified], missing[~is_verified])), int(is_verified.sum())
+
+    def _offsets(self, ids: Ids) -> npt.NDArray[np.int64]:
+        return ids.astype(np.int64) * self.info.geometry.stride + self.info.extent.offset
 
     def _upload(self, *lists: Slots) -> list[DeviceArray]:
         """Several int32 lists in one copy."""
@@ -203,11 +245,16 @@ class _Group:
     """Bundles that are read together, and where they are in their fetch."""
 
     place: slice
-    arriving: Arriving
+    arriving: Arriving | SlotReads
 
 
 class DeviceFetch:
     """Bundles on their way: the first `n_there` are there at once, the others arrive group by group.
+
+    Parameters
+    ----------
+    n_direct : bundles behind the first `n_there` that may go straight to their slots. Those slots are out of use once
+        everything in the copy queue so far is done.
 
     Attributes
     ----------
@@ -218,7 +265,15 @@ class DeviceFetch:
     """
 
     def __init__(
-        self, layer: DeviceLayer, order: Ids, n_there: int, ids: DeviceArray, slots: DeviceArray, *, ahead: bool
+        self,
+        layer: DeviceLayer,
+        order: Ids,
+        n_there: int,
+        ids: DeviceArray,
+        slots: DeviceArray,
+        *,
+        n_direct: int,
+        ahead: bool,
     ) -> None:
         self.ids = ids
         self.slots = slots
@@ -230,10 +285,12 @@ class DeviceFetch:
         self._order = order
         self._is_ahead = ahead
         self._n_begun = n_there
+        self._direct_end = n_there + n_direct
+        self._slots_left: Event = layer.device.record("copy") if n_direct else None
         self._groups: deque[_Group] = deque()
 
     def begin(self) -> None:
-        """Begin to read as many groups as the ring has room for.
+        """Begin to read as many groups as the ring has room for, and all that need none.
 
         Raises
         ------
@@ -241,9 +298,14 @@ class DeviceFetch:
             If the reader is closed; the fetch is finished then.
         """
         try:
-            while self._n_begun < len(self._order) and self._layer.ring.has_room(ahead=self._is_ahead):
-                place = slice(self._n_begun, min(self._n_begun + GROUP_BUNDLES, len(self._order)))
-                self._groups.append(_Group(place, self._layer.begin(self._order[place], ahead=self._is_ahead)))
+            while self._n_begun < len(self._order):
+                may_be_direct = self._n_begun < self._direct_end
+                is_direct = may_be_direct and not self._is_ahead
+                if not is_direct and not self._layer.ring.has_room(ahead=self._is_ahead):
+                    break
+                end = self._direct_end if may_be_direct else len(self._order)
+                place = slice(self._n_begun, min(self._n_begun + GROUP_BUNDLES, end))
+                self._groups.append(_Group(place, self._begin(self._order[place], is_direct=is_direct)))
                 self._n_begun = place.stop
         except BaseException:
             self.finish()
@@ -280,23 +342,35 @@ class DeviceFetch:
         self._n_begun = len(self._order)
         while self._groups:
             group = self._groups.popleft()
-            group.arriving.pending.is_cancelled = not group.arriving.pending.is_done
+            if isinstance(group.arriving, Arriving):
+                group.arriving.pending.is_cancelled = not group.arriving.pending.is_done
             try:
                 self._land(group)
             except FlashError:
                 absent.append(self._order[group.place])
         self._layer.forget(np.concatenate(absent))
 
+    def _begin(self, ids: Ids, *, is_direct: bool) -> Arriving | SlotReads:
+        if not is_direct:
+            return self._layer.begin(ids, ahead=self._is_ahead)
+        if self._slots_left is not None:
+            self._layer.device.synchronize(self._slots_left)
+            self._slots_left = None
+        return self._layer.begin_direct(ids)
+
     def _land(self, group: _Group) -> None:
-        ids = self._order[group.place]
+        ids, arriving = self._order[group.place], group.arriving
+        if isinstance(arriving, SlotReads):
+            self.costs += self._layer.settle(ids, arriving)
+            return
         try:
-            if group.arriving.pending.is_cancelled:
+            if arriving.pending.is_cancelled:
                 with suppress(FlashReadError):
-                    self._layer.ring.wait(group.arriving)
+                    self._layer.ring.wait(arriving)
                 raise FlashReadError("reading was given up", path=self._layer.info.extent.path)
-            self.costs += self._layer.land(ids, group.arriving, self.slots[group.place])
+            self.costs += self._layer.land(ids, arriving, self.slots[group.place])
         finally:
-            self._layer.ring.release(group.arriving)
+            self._layer.ring.release(arriving)
 
 
 def _named(error: FlashReadError, info: BundlesInfo, ids: Ids) -> FlashReadError:

@@ -26,6 +26,7 @@ from reference_engine.device_bundles import BLOCK_NEURONS, DeviceBundles, landin
 from reference_engine.device_decoder import DeviceKvCache, DeviceResidents, DeviceStack
 from reference_engine.device_exact import DeviceExactBundles
 from reference_engine.device_selectors import load_device_selectors
+from reference_engine.device_ways import WayChoice, choose_way
 from reference_engine.exact_bundles import model_blocks
 from reference_engine.flash_io import IO_ALIGNMENT
 from reference_engine.kv_cache import KvType, kv_cache_nbytes
@@ -95,12 +96,15 @@ class DevicePlacement:
 
     Attributes
     ----------
-    context_nbytes : of device memory, that the driver takes for the process; part of every ceiling.
+    way : how bundles get to the device, and why; None in exact mode, where they land in page-locked memory.
+    context_nbytes : of device memory, that driver and libraries take for the process; part of every ceiling.
 
     Raises
     ------
     PromptError
         If the options do not go together on a device.
+    BudgetError, FlashReadError
+        See `choose_way`.
     """
 
     def __init__(self, model: FlashModel, device: Device, options: DeviceOptions) -> None:
@@ -112,6 +116,10 @@ class DevicePlacement:
         self.backend = CupyBackend(device)
         known = device.context_nbytes
         self.context_nbytes = CONTEXT_NBYTES if known is None else known
+        self.way: WayChoice | None = None
+        if options.sparse is not None:
+            self.way = choose_way(model, device, options.sparse.open_reader or bundle_opener(model), options.verify)
+            self.context_nbytes += self.way.device_nbytes
 
     def plan(self, process_nbytes: int) -> MemoryPlan | SparsePlan:
         """Split the ceiling on device memory.
@@ -211,6 +219,7 @@ class DevicePlacement:
             capacities=plan.capacities,
             tier_capacities=tier_capacities(model, options.host_memory),
             open_reader=sparse.open_reader or bundle_opener(model),
+            open_direct=None if self.way is None else self.way.open_direct,
             overlap=sparse.overlap,
             verify=options.verify,
         )

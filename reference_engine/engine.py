@@ -26,6 +26,7 @@ from reference_engine.bundle_checksums import Verify
 from reference_engine.device_bundles import DeviceBundles
 from reference_engine.device_exact import DeviceExactBundles
 from reference_engine.device_placement import DeviceOptions, DevicePlacement
+from reference_engine.device_ways import WayChoice
 from reference_engine.exact_bundles import ExactBundles, model_blocks
 from reference_engine.flash_io import IoCounters
 from reference_engine.kv_cache import KvCache, KvType, kv_cache_nbytes
@@ -230,6 +231,11 @@ class Engine:
     def exact(self) -> ExactBundles | None:
         """Where exact mode's figures are; None in sparse mode, on a device, and before loading."""
         return self._bundles if isinstance(self._bundles, ExactBundles) else None
+
+    @property
+    def device_way(self) -> WayChoice | None:
+        """How bundles get to the device, and why; None without a device, and in exact mode."""
+        return None if self._placement is None else self._placement.way
 
     def load(self, progress: Progress | None = None) -> None:
         """Read what the plan keeps in DRAM, and start streaming the rest.

@@ -19,6 +19,7 @@ ENGINE_MAY_USE = {
 ONLY_IN = {
     "cupy": "reference_engine/backends/cupy_",
     "gguf": "flashfmt/convert/gguf_source.py",
+    "kvikio": "reference_engine/device_direct.py",
     "huggingface_hub": "flashfmt/convert/hub.py",
     "llvmlite": "reference_engine/backends/numba_",
     "numba": ("reference_engine/backends/numba_", "reference_engine/flash_io/numba_"),
