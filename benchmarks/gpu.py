@@ -7,6 +7,8 @@
    memory, with an activity of 10 % of the neurons of which 2.4 % are new to the last tokens (LLM in a flash, section
    3.1); against naive loading, every byte of the model for every token, at the rate that exact mode streams at there.
 4. Decode with everything resident, against torch with f16 weights in the same shapes.
+5. Scattered bundles from flash to the device by page-locked memory and, with kvikio, straight to their slots; and
+   decoding with the way that this speaks for and with the other.
 
 Decoding is measured with and without CUDA graphs: `launch_gap_share` is what a token gains by them, and so what speaks
 for or against capturing (`CupyBackend.uses_graphs`).
@@ -26,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ from reference_engine.backends.cupy_device import CupyDevice, open_cuda_device
 from reference_engine.backends.cupy_protocol import Device
 from reference_engine.device_bundles import DeviceBundles
 from reference_engine.device_decoder import DeviceKvCache, DeviceResidents, DeviceStack
+from reference_engine.device_direct import SlotReader, load_kvikio
 from reference_engine.device_placement import DeviceOptions, DevicePlacement, tier_capacities
 from reference_engine.engine import PREFILL_TOKENS, Engine, EngineOptions
 from reference_engine.flash_io import open_reader
@@ -270,8 +274,8 @@ def decode_seconds(feed: Callable[[int], Any], n_warm: int) -> float:
     return float(np.median(times[n_warm:]))
 
 
-def measure_sparse(path: Path, vram: int, host_memory: int, uses_graphs: bool) -> Figures:
-    """Decode with a made-up activity in `vram` bytes."""
+def measure_sparse(path: Path, vram: int, host_memory: int, uses_graphs: bool, other_way: bool = False) -> Figures:
+    """Decode with a made-up activity in `vram` bytes; `other_way` takes the slower way from flash to the device."""
     device = open_cuda_device()
     with flashfmt.open(path) as model:
         sparse = SparseOptions(parse_selector("all"), window=parse_window("lru"))
@@ -283,6 +287,10 @@ def measure_sparse(path: Path, vram: int, host_memory: int, uses_graphs: bool) -
         device.limit(plan.ceiling - placement.context_nbytes)
         backend, decoder = placement.backend, model.decoder
         backend.uses_graphs = uses_graphs
+        way = placement.way
+        if way is None:
+            raise TypeError("sparse mode has a way from flash to the device")
+        takes_direct = (way.open_direct is not None) != other_way
         residents = DeviceResidents(model, backend, verify=False)
         n_layers, n_neurons = decoder.n_layers, decoder.ffn.d_ff
         traces = [Trace(activity(n_neurons, N_WARM + N_DECODE, layer)) for layer in range(n_layers)]
@@ -294,6 +302,7 @@ def measure_sparse(path: Path, vram: int, host_memory: int, uses_graphs: bool) -
             capacities=plan.capacities,
             tier_capacities=tier_capacities(model, host_memory),
             open_reader=open_reader,
+            open_direct=partial(SlotReader, load_kvikio()) if takes_direct else None,
             verify="never",
         )
         tokens = ResidentTable(residents.matrix(EMBEDDING), backend)
@@ -309,6 +318,8 @@ def measure_sparse(path: Path, vram: int, host_memory: int, uses_graphs: bool) -
             "ms_per_token": seconds * 1e3,
             "plan": plan.as_dict(),
             "context_bytes": placement.context_nbytes,
+            "way": "direct" if takes_direct else "landing",
+            "way_chosen": way.as_dict(),
             "held_share": plan.held_share,
             "hit_rate": totals.hit_rate,
             "from_tier": bundles.n_from_tier,
@@ -496,6 +507,8 @@ def measure_decode(path: Path, shape: Shape, copy_bandwidth: float) -> Figures:
         figures["times_faster_than_naive"] = naive / figures["ms_per_token"]
         figures["upkeep_share"] = figures["ms_per_token_by_stage"]["upkeep_seconds"] / figures["ms_per_token"]
         result[name] = figures
+    if result["half"]["way_chosen"]["direct_bytes_per_second"] is not None:
+        result["half_other_way"] = in_child(measure_sparse, path, half, 0, True, True)
     return result
 
 
