@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 import flashfmt
 from flashfmt import FlashModel
-from flashfmt.encodings import Encoding
 from flashfmt.errors import PromptError
 from reference_engine.backends import BackendName, load_backend
 from reference_engine.backends.cupy_device import open_cuda_device
@@ -40,6 +39,7 @@ from reference_engine.residents import (
     ResidentTable,
     flash_table,
     load_residents,
+    multiplied_encodings,
     residents_nbytes,
 )
 from reference_engine.sparse_bundles import BLOCK_NEURONS, SparseBundles
@@ -180,7 +180,7 @@ class Engine:
             self._placement = self._place()
             if self._placement is None:
                 self._backend = load_backend(self.options.backend, self.options.n_threads)
-                self._backend.prepare(_encodings(self.model))
+                self._backend.prepare(multiplied_encodings(self.model))
             if loaded_before_plan is not None:
                 loaded_before_plan(self.model)
             trim_heap()  # reading a tokenizer leaves megabytes of freed memory
@@ -367,9 +367,3 @@ class Engine:
         widths = 6 * d.d_model + 2 * (a.n_heads + a.n_kv_heads) * a.head_dim + 3 * block_neurons
         scores = self._backend.n_threads * self.context_tokens
         return 4 * (n_tokens * widths + scores + 6 * d.vocab_size)
-
-
-def _encodings(model: FlashModel) -> set[Encoding]:
-    """Encodings of the weights of a model; vectors are f32, and so are computed ones."""
-    stored = {info.encoding for info in model.tensors.values()} | {info.encoding for info in model.layers}
-    return {encoding for encoding in stored if encoding.is_weight}

@@ -24,7 +24,18 @@ from reference_engine.loading import run_side_by_side
 
 F32 = npt.NDArray[np.float32]
 EMBEDDING = "embedding/tokens"
+POSITIONS = "embedding/positions"
 _NOT_IN_A_STEP = ("predictor", "statistics", "bundle_crc32c")
+
+
+def multiplied_encodings(model: FlashModel) -> set[Encoding]:
+    """Encodings of the bundles and of the matrices that are multiplied; tables that are looked up need no kernel."""
+    looked_up = {POSITIONS} if model.decoder.logits.tied else {POSITIONS, EMBEDDING}
+    stored = {info.encoding for info in model.layers}
+    for name, info in model.tensors.items():
+        if len(info.shape) == 2 and info.encoding.is_weight and name not in looked_up and "/statistics/" not in name:
+            stored.add(info.encoding)
+    return stored
 
 
 class ResidentTable:

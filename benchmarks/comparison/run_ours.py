@@ -33,7 +33,14 @@ from reference_engine.flash_io import open_reader
 from reference_engine.kv_cache import KvCache
 from reference_engine.models.decoder_stack import DecoderStack
 from reference_engine.models.weights import F32, BundleBlock, WithoutLookAhead
-from reference_engine.residents import EMBEDDING, Residents, ResidentTable, flash_table, load_residents
+from reference_engine.residents import (
+    EMBEDDING,
+    Residents,
+    ResidentTable,
+    flash_table,
+    load_residents,
+    multiplied_encodings,
+)
 from reference_engine.selectors import parse_selector
 from reference_engine.sparse_mode import SparseOptions
 from reference_engine.telemetry import FIGURES
@@ -73,8 +80,7 @@ class MappedBundles(WithoutLookAhead):
 def compiled_for(model: FlashModel) -> Backend:
     """A backend with its kernels for the encodings of a model."""
     backend = load_backend("auto", None)
-    stored = {info.encoding for info in model.tensors.values()} | {info.encoding for info in model.layers}
-    backend.prepare(encoding for encoding in stored if encoding.is_weight)
+    backend.prepare(multiplied_encodings(model))
     return backend
 
 

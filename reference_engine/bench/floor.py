@@ -23,7 +23,7 @@ from reference_engine.flash_io.device_measurement import Case, Pattern, cases, m
 from reference_engine.flash_io.open_file import open_file
 from reference_engine.kv_cache import kv_cache_nbytes
 from reference_engine.machine import available_nbytes
-from reference_engine.residents import resident_tensors
+from reference_engine.residents import POSITIONS, resident_tensors
 from reference_engine.selectors import SelectorChoice, selectors_nbytes
 
 _RANDOM_DEPTHS: Final = (32, 128, 512)
@@ -131,6 +131,6 @@ def _floor(
 
 def _always_touched(model: FlashModel, run: RunResult, options: EngineOptions) -> float:
     """Resident matrices, of which a token touches all, and the keys and values of half the measured tokens."""
-    residents = sum(info.extent.nbytes for info in resident_tensors(model) if info.name != "embedding/positions")
+    residents = sum(info.extent.nbytes for info in resident_tensors(model) if info.name != POSITIONS)
     n_past = run.prompt_tokens + run.n_tokens // (2 * len(run.first_token_seconds))
     return residents + kv_cache_nbytes(model.decoder, n_past, options.kv_type)

@@ -32,7 +32,15 @@ from reference_engine.flash_io import IO_ALIGNMENT, DirectFile, IoCounters, alig
 from reference_engine.kv_cache import KvCache
 from reference_engine.models.decoder_stack import DecoderStack
 from reference_engine.models.weights import BundleBlock, TapPoint, WithoutLookAhead
-from reference_engine.residents import EMBEDDING, FlashTable, Residents, load_tensors, resident_tensors
+from reference_engine.residents import (
+    EMBEDDING,
+    POSITIONS,
+    FlashTable,
+    Residents,
+    load_tensors,
+    multiplied_encodings,
+    resident_tensors,
+)
 from reference_engine.selectors import Everything, TappedSelector
 from reference_engine.selectors.protocol import F32
 from reference_engine.sparse_bundles import OpenReader, SparseBundles
@@ -41,7 +49,6 @@ SLOTS: Final = 1024  # of a layer: 16 MiB of OPT-6.7B's bundles are read at a ti
 _N_READERS: Final = 4
 _PIECE_BYTES: Final = 16 << 20
 _LAYER: Final = re.compile(r"^layers/(\d+)/")
-_LOOKED_UP: Final = "embedding/positions"
 
 
 class NaiveModel:
@@ -62,8 +69,7 @@ class NaiveModel:
         self._model = model = flashfmt.open(path)
         try:
             backend = load_backend(options.backend, options.n_threads)
-            stored = {info.encoding for info in model.tensors.values()} | {info.encoding for info in model.layers}
-            backend.prepare(encoding for encoding in stored if encoding.is_weight)
+            backend.prepare(multiplied_encodings(model))
             everything = Everything(model.decoder.ffn.d_ff)
             self.tensors = StreamedTensors(model)
             self.bundles = SparseBundles(
@@ -129,7 +135,7 @@ class StreamedTensors:
         vectors = [info.name for info in tensors if len(info.shape) == 1]
         self._vectors = Residents(model, load_tensors(model, vectors))
         self._matrices = {
-            info.name: info for info in tensors if len(info.shape) > 1 and info.name not in (EMBEDDING, _LOOKED_UP)
+            info.name: info for info in tensors if len(info.shape) > 1 and info.name not in (EMBEDDING, POSITIONS)
         }
         if model.decoder.logits.tied:
             self._matrices[EMBEDDING] = model.tensors[EMBEDDING]
@@ -156,7 +162,7 @@ class StreamedTensors:
 
     def matrix(self, name: str) -> Matrix:
         """A matrix in storage form; one that belongs to a layer is valid after its `load_layer`."""
-        if name == _LOOKED_UP:
+        if name == POSITIONS:
             return _as_matrix(self._model.tensors[name], self._model.tensor(name).data)
         info = self._matrices[name]
         if not _LAYER.match(name):
