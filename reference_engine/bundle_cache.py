@@ -50,6 +50,11 @@ class BundleCache:
         """Slots of held neurons, int32 [len(ids)]."""
         return self.id_to_slot[ids]
 
+    def is_held(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Which neurons have a slot, bool [len(ids)]."""
+        has_slot: npt.NDArray[np.bool_] = self.id_to_slot[ids] != _NO_SLOT
+        return has_slot
+
     def held(self) -> Ids:
         """Neurons that have a slot, in the order of the slots; a view."""
         return self.slot_to_id[: self.num_used]

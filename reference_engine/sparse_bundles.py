@@ -54,6 +54,7 @@ class SparseBundles:
     open_reader : opens a file of bundles for reading.
     hints : for each layer a selector whose choice is read ahead, without being decisive; None for no hints.
     overlap : hand out what is held while the rest is read; without it, wait until all is there.
+    held_first : where more neurons are active than there are slots, begin with those that are held.
     verify : when to check bundle checksums.
 
     Attributes
@@ -71,11 +72,13 @@ class SparseBundles:
         open_reader: OpenReader,
         hints: Sequence[TappedSelector] | None = None,
         overlap: bool = True,
+        held_first: bool = True,
         verify: Verify = "first",
     ) -> None:
         self._selectors = selectors
         self._hints = hints
         self._overlap = overlap
+        self._held_first = held_first
         self._readers: dict[Path, RangeReader] = {}
         self._states = [_LayerState() for _ in model.layers]
         self._layers: list[LayerBundles] = []
@@ -185,12 +188,12 @@ class SparseBundles:
                 state.on_the_way = None
         figures.n_active = len(active)
         fetch = state.on_the_way
-        capacity, n_tokens = held.cache.capacity, len(x)
-        for first in range(0, max(len(active), 1), capacity):
+        n_tokens = len(x)
+        for place, part in enumerate(self._parts(active, held)):
             if fetch is None:
-                fetch = held.fetch(active[first : first + capacity])
+                fetch = held.fetch(part)
             try:
-                if first == 0:
+                if place == 0:
                     self._look_ahead(layer, "ffn_input", x)
                 for ids, slots in _computable(fetch, held, overlap=self._overlap):
                     yield from _cut(ids, slots, held, n_tokens, figures)
@@ -239,6 +242,25 @@ class SparseBundles:
                 state.selected = chosen
             if len(chosen) <= held.cache.capacity:
                 state.on_the_way = self._newest = held.fetch(chosen, ahead=True)
+
+    def _parts(self, active: Ids, held: LayerBundles) -> Iterator[Ids]:
+        """Neurons that fit in the slots together: all at once, else those that are held, then the others.
+
+        These pass through the slots that the held ones leave, at least half of all. A window that knows what is needed
+        often then keeps some of it, while one part after the other would evict everything before its turn comes.
+        """
+        capacity = held.cache.capacity
+        if len(active) <= capacity:
+            yield active
+            return
+        rest, room = active, capacity
+        if self._held_first:
+            is_held = held.cache.is_held(active)
+            rest = active[~is_held]
+            room = max(capacity - (len(active) - len(rest)), capacity // 2, 1)
+            yield active[is_held]
+        for first in range(0, len(rest), room):
+            yield rest[first : first + room]
 
     def _end_layer(self, step: LayerStep, n_tokens: int) -> None:
         self._steps.append(step)

@@ -81,6 +81,7 @@ class NaiveModel:
                 capacities=[min(SLOTS, model.decoder.ffn.d_ff)] * len(model.layers),
                 open_reader=open_reader,
                 overlap=False,
+                held_first=False,
                 verify=options.verify,
             )
             self._rows = FlashTable(model.tensors[EMBEDDING], backend)

@@ -154,6 +154,18 @@ def test_reads_ahead_go_on_while_attention_is_computed(relu_opt, dense, slots, m
     assert not carried
 
 
+def test_what_is_needed_often_stays_though_not_all_of_a_token_fits(relu_opt, dense, slots):
+    """Half as many slots as neurons, all of them active: every token may find what the slots held."""
+    slots(64)
+    sparse, totals = logits(relu_opt, options("all", "frequency:64"))
+    assert close(sparse, dense(relu_opt), 1e-4)
+    n_layers, n_active = 2, 128
+    later = (totals.n_passes - 1) * n_layers
+    assert totals.total("n_active") == (later + n_layers) * n_active
+    assert totals.total("n_hits") + totals.total("n_missing") == totals.total("n_active")
+    assert totals.total("n_hits") >= later * 32
+
+
 def test_figures_add_up(relu_opt, slots):
     slots(128)
     with Engine(relu_opt, options("oracle", "paper:2")) as engine:
