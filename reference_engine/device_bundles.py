@@ -28,7 +28,7 @@ from reference_engine.device_landing import LandingRing
 from reference_engine.device_layer import GROUP_BUNDLES, DeviceFetch, DeviceLayer
 from reference_engine.flash_io import IoCounters, RangeReader
 from reference_engine.models.weights import F32, BundleBlock, TapPoint
-from reference_engine.neuron_window import Ids, NeuronWindow
+from reference_engine.neuron_window import Ids, NeuronWindow, fitting_parts
 from reference_engine.selectors import TappedSelector
 from reference_engine.sparse_bundles import Observer, OpenReader
 from reference_engine.telemetry import LayerFigures, LayerStep, PassRecord, SparseTotals
@@ -201,11 +201,11 @@ class DeviceBundles:
                 state.on_the_way = None
         figures.n_active = len(active)
         fetch, n_tokens = state.on_the_way, len(x)
-        for first in range(0, max(len(active), 1), held.n_slots):
+        for place, neurons in enumerate(fitting_parts(active, held.n_slots, held.is_held(active))):
             if fetch is None:
-                fetch = held.fetch(active[first : first + held.n_slots])
+                fetch = held.fetch(neurons)
             try:
-                if first == 0:
+                if place == 0:
                     self._look_ahead(layer, "ffn_input", x)
                 for part in _computable(fetch, overlap=self._overlap):
                     yield from _cut(fetch, part, held, n_tokens)

@@ -84,6 +84,10 @@ class DeviceLayer:
         self._reader = reader
         self._direct = direct
 
+    def is_held(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Which neurons have a slot, bool [len(ids)]."""
+        return self._table.has(ids)
+
     def fetch(self, wanted: Ids, *, ahead: bool = False) -> DeviceFetch:
         """Hold the neurons `wanted`, and begin to read those that are not held. No other fetch may be unfinished.
 

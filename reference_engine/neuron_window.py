@@ -13,6 +13,7 @@ loaded and what leaves. Three rules with one interface:
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
@@ -198,6 +199,28 @@ class DecayedFrequency:
     def held(self) -> Ids:
         """Neurons held now, sorted."""
         return np.flatnonzero(self._held).astype(np.int32)
+
+
+def fitting_parts(active: Ids, capacity: int, is_held: npt.NDArray[np.bool_] | None = None) -> Iterator[Ids]:
+    """Neurons in parts that fit in the slots: all at once, else those that are held, then the others.
+
+    These pass through the slots that the held ones leave, at least half of all. A window that knows what is needed
+    often then keeps some of it, while parts in the order of the neurons would each evict the next before its turn.
+
+    Parameters
+    ----------
+    is_held : bool [len(active)]; None for parts in the order of the neurons.
+    """
+    if len(active) <= capacity:
+        yield active
+        return
+    rest, room = active, capacity
+    if is_held is not None:
+        rest = active[~is_held]
+        room = max(capacity - (len(active) - len(rest)), capacity // 2, 1)
+        yield active[is_held]
+    for first in range(0, len(rest), room):
+        yield rest[first : first + room]
 
 
 def _require_room(active: Ids, capacity: int) -> None:

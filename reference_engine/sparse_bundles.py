@@ -25,7 +25,7 @@ from reference_engine.bundle_checksums import Verify
 from reference_engine.flash_io import IO_ALIGNMENT, IoCounters, RangeReader, aligned_empty
 from reference_engine.layer_bundles import Costs, Fetch, LayerBundles, Slots
 from reference_engine.models.weights import F32, BundleBlock, TapPoint
-from reference_engine.neuron_window import Ids, NeuronWindow
+from reference_engine.neuron_window import Ids, NeuronWindow, fitting_parts
 from reference_engine.selectors import TappedSelector
 from reference_engine.telemetry import LayerFigures, LayerStep, PassRecord, SparseTotals
 
@@ -189,7 +189,8 @@ class SparseBundles:
         figures.n_active = len(active)
         fetch = state.on_the_way
         n_tokens = len(x)
-        for place, part in enumerate(self._parts(active, held)):
+        is_held = held.cache.is_held(active) if self._held_first else None
+        for place, part in enumerate(fitting_parts(active, held.cache.capacity, is_held)):
             if fetch is None:
                 fetch = held.fetch(part)
             try:
@@ -242,25 +243,6 @@ class SparseBundles:
                 state.selected = chosen
             if len(chosen) <= held.cache.capacity:
                 state.on_the_way = self._newest = held.fetch(chosen, ahead=True)
-
-    def _parts(self, active: Ids, held: LayerBundles) -> Iterator[Ids]:
-        """Neurons that fit in the slots together: all at once, else those that are held, then the others.
-
-        These pass through the slots that the held ones leave, at least half of all. A window that knows what is needed
-        often then keeps some of it, while one part after the other would evict everything before its turn comes.
-        """
-        capacity = held.cache.capacity
-        if len(active) <= capacity:
-            yield active
-            return
-        rest, room = active, capacity
-        if self._held_first:
-            is_held = held.cache.is_held(active)
-            rest = active[~is_held]
-            room = max(capacity - (len(active) - len(rest)), capacity // 2, 1)
-            yield active[is_held]
-        for first in range(0, len(rest), room):
-            yield rest[first : first + room]
 
     def _end_layer(self, step: LayerStep, n_tokens: int) -> None:
         self._steps.append(step)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference_engine.neuron_window import DecayedFrequency, LeastRecent, RecentTokens, parse_window
+from reference_engine.neuron_window import DecayedFrequency, LeastRecent, RecentTokens, fitting_parts, parse_window
 
 N = 40
 traces = st.lists(st.sets(st.integers(0, N - 1), max_size=12), min_size=1, max_size=40)
@@ -175,3 +175,25 @@ def test_rules_have_names(text, kind):
 def test_other_names_are_refused(text):
     with pytest.raises(ValueError, match="no rule for the window"):
         parse_window(text)
+
+
+@given(
+    active=st.sets(st.integers(0, 99)),
+    held=st.sets(st.integers(0, 99), max_size=30),
+    n_free=st.integers(0, 20),
+    in_order=st.booleans(),
+)
+def test_parts_fit_and_miss_nothing(active, held, n_free, in_order):
+    capacity = max(len(held) + n_free, 1)
+    ids = np.array(sorted(active), np.int32)
+    is_held = None if in_order else np.isin(ids, list(held))
+    parts = list(fitting_parts(ids, capacity, is_held))
+    assert all(len(part) <= capacity for part in parts)
+    assert all((np.diff(part) > 0).all() for part in parts)
+    assert sorted(np.concatenate(parts).tolist()) == ids.tolist()
+    if len(ids) <= capacity:
+        assert len(parts) == 1
+    elif in_order:
+        assert np.array_equal(np.concatenate(parts), ids)
+    else:
+        assert set(parts[0].tolist()) == active & held
