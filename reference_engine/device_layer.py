@@ -30,8 +30,8 @@ from reference_engine.device_direct import SlotReader, SlotReads
 from reference_engine.device_landing import Arriving, LandingRing
 from reference_engine.device_slots import Slots, SlotTable, VictimTable
 from reference_engine.flash_io import RangeReader
-from reference_engine.layer_bundles import Costs
 from reference_engine.neuron_window import Ids, NeuronWindow
+from reference_engine.telemetry import Costs
 
 GROUP_BUNDLES: Final = 128  # what arrives together is copied and computed together
 _COPY_THREADS: Final = 128
@@ -52,6 +52,7 @@ class DeviceLayer:
     Attributes
     ----------
     rows : uint8 [n_slots, stride] on the device.
+    n_from_tier : bundles that the second tier saved a read for.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class DeviceLayer:
         self.device = device
         self.ring = ring
         self.window = window
-        self.n_slots = n_slots
+        self.n_from_tier = 0
         self.rows = device.empty((n_slots, stride), np.uint8)
         self._table = SlotTable(n_slots, n_neurons)
         self._tier = VictimTable(n_tier_slots, n_neurons) if n_tier_slots else None
@@ -84,28 +85,28 @@ class DeviceLayer:
         self._reader = reader
         self._direct = direct
 
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return self._table.n_slots
+
+    @property
+    def n_held(self) -> int:
+        """Bundles in slots now."""
+        return self._table.n_slots - self._table.n_free
+
     def is_held(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Which neurons have a slot, bool [len(ids)]."""
         return self._table.has(ids)
 
     def fetch(self, wanted: Ids, *, ahead: bool = False) -> DeviceFetch:
-        """Hold the neurons `wanted`, and begin to read those that are not held. No other fetch may be unfinished.
-
-        Parameters
-        ----------
-        wanted : sorted, unique, at most as many as there are slots.
-        ahead : let everything that is read for a layer in work go first.
-
-        Raises
-        ------
-        FlashReadError
-            If the reader is closed. What reading itself meets is raised by `DeviceFetch.arrivals`.
-        """
+        """See `ActiveLayer.fetch`."""
         began = time.perf_counter()
         step = self.window.step(wanted)
         given_up = self._table.release(step.evicted)
         self._table.assign(step.missing)
         found, found_in, kept, kept_in = self._exchange(step.missing, step.evicted)
+        self.n_from_tier += len(found)
         missing, n_direct = self._ways(np.setdiff1d(step.missing, found, assume_unique=True))
         order = np.concatenate((np.setdiff1d(wanted, missing, assume_unique=True), missing))
         ids, slots, kept_from, kept_to, found_from, found_to = self._upload(
@@ -118,21 +119,13 @@ class DeviceLayer:
         if len(kept) or len(found):
             self.device.wait("compute", self.device.record("copy"))
         fetch = DeviceFetch(self, order, len(order) - len(missing), ids, slots, n_direct=n_direct, ahead=ahead)
-        fetch.n_hits, fetch.n_evicted, fetch.n_found = len(step.hits), len(step.evicted), len(found)
+        fetch.n_hits, fetch.n_evicted = len(step.hits), len(step.evicted)
         fetch.costs = Costs(upkeep_seconds=time.perf_counter() - began)
         fetch.begin()
         return fetch
 
     def preload(self, tokens: Iterable[Ids]) -> DeviceFetch:
-        """Hold what the window holds behind some tokens that nothing is computed of, and begin to read it.
-
-        Nothing must have been fetched before.
-
-        Raises
-        ------
-        FlashReadError
-            If the reader is closed.
-        """
+        """See `ActiveLayer.preload`."""
         for active in tokens:
             step = self.window.step(active)
             self._table.release(step.evicted)
@@ -253,7 +246,7 @@ class _Group:
 
 
 class DeviceFetch:
-    """Bundles on their way: the first `n_there` are there at once, the others arrive group by group.
+    """Bundles on their way, see `ActiveFetch`: the first `n_there` are there at once, the others arrive group by group.
 
     Parameters
     ----------
@@ -264,7 +257,7 @@ class DeviceFetch:
     ----------
     ids, slots : int32 of all of them, on the device, in the order in which they come.
     n_missing : bundles that have to be read.
-    n_hits, n_evicted, n_found : bundles that were held, that left, and that the second tier had.
+    n_hits, n_evicted : bundles that were held, and that left. What the second tier had is neither hit nor missing.
     costs : so far.
     """
 
@@ -283,7 +276,7 @@ class DeviceFetch:
         self.slots = slots
         self.n_there = n_there
         self.n_missing = len(order) - n_there
-        self.n_hits = self.n_evicted = self.n_found = 0
+        self.n_hits = self.n_evicted = 0
         self.costs = Costs()
         self._layer = layer
         self._order = order
@@ -315,8 +308,12 @@ class DeviceFetch:
             self.finish()
             raise
 
-    def arrivals(self) -> Iterator[slice]:
-        """Where in `ids` and `slots` bundles are that have arrived, group by group. The layer is in work from now on.
+    def there(self) -> tuple[DeviceArray, DeviceArray]:
+        """Neurons and slots of the first `n_there`."""
+        return self.ids[: self.n_there], self.slots[: self.n_there]
+
+    def arrivals(self) -> Iterator[tuple[DeviceArray, DeviceArray]]:
+        """Neurons and slots of bundles that have arrived, group by group. The layer is in work from now on.
 
         Raises
         ------
@@ -330,18 +327,17 @@ class DeviceFetch:
             try:
                 self._land(group)
             except BaseException:
-                self.finish(lost=group)
+                self._end(lost=group)
                 raise
             self.begin()
-            yield group.place
+            yield self.ids[group.place], self.slots[group.place]
 
-    def finish(self, lost: _Group | None = None) -> None:
-        """Keep what has arrived, give up the rest, and roll back what is not there, without a word.
+    def finish(self) -> None:
+        """Keep what has arrived, give up the rest, and roll back what is not there, without a word."""
+        self._end()
 
-        Parameters
-        ----------
-        lost : to be rolled back as well.
-        """
+    def _end(self, lost: _Group | None = None) -> None:
+        """The same; `lost` is rolled back as well."""
         absent = [self._order[self._n_begun :]] + ([self._order[lost.place]] if lost is not None else [])
         self._n_begun = len(self._order)
         while self._groups:

@@ -18,11 +18,12 @@ import numpy.typing as npt
 from flashfmt import FlashModel
 from flashfmt.errors import BudgetError, PromptError
 from flashfmt.manifest import Decoder
+from reference_engine.active_bundles import BLOCK_NEURONS
 from reference_engine.backends.cupy_backend import CupyBackend, attention_stretches
 from reference_engine.backends.cupy_protocol import Device
 from reference_engine.backends.numpy_backend import NumpyBackend
 from reference_engine.bundle_checksums import Verify
-from reference_engine.device_bundles import BLOCK_NEURONS, DeviceBundles, landing_nbytes
+from reference_engine.device_bundles import DeviceBundles, landing_nbytes
 from reference_engine.device_decoder import DeviceKvCache, DeviceResidents, DeviceStack
 from reference_engine.device_exact import DeviceExactBundles
 from reference_engine.device_selectors import load_device_selectors

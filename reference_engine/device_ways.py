@@ -19,13 +19,13 @@ import numpy as np
 
 from flashfmt import FlashModel
 from flashfmt.errors import FlashError, FlashReadError
+from reference_engine.active_bundles import OpenReader
 from reference_engine.backends.cupy_protocol import Device
 from reference_engine.bundle_checksums import Verify
 from reference_engine.device_direct import SlotReader, load_kvikio
 from reference_engine.device_landing import LandingRing
 from reference_engine.device_layer import GROUP_BUNDLES, DeviceLayer
 from reference_engine.neuron_window import Ids, LeastRecent
-from reference_engine.sparse_bundles import OpenReader
 
 OpenDirect = Callable[[Path], SlotReader]
 

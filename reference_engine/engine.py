@@ -19,6 +19,7 @@ import numpy.typing as npt
 import flashfmt
 from flashfmt import FlashModel
 from flashfmt.errors import PromptError
+from reference_engine.active_bundles import BLOCK_NEURONS
 from reference_engine.backends import BackendName, load_backend
 from reference_engine.backends.cupy_device import open_cuda_device
 from reference_engine.bundle_checksums import Verify
@@ -42,7 +43,7 @@ from reference_engine.residents import (
     multiplied_encodings,
     residents_nbytes,
 )
-from reference_engine.sparse_bundles import BLOCK_NEURONS, SparseBundles
+from reference_engine.sparse_bundles import SparseBundles
 from reference_engine.sparse_mode import (
     SparseOptions,
     load_sparse,

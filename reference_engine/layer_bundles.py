@@ -23,30 +23,11 @@ from reference_engine.bundle_cache import BundleCache
 from reference_engine.bundle_checksums import Verify, bundle_mismatch
 from reference_engine.flash_io import Pending, RangeReader
 from reference_engine.neuron_window import Ids, NeuronWindow, WindowStep
+from reference_engine.telemetry import Costs
 
 GROUP_BUNDLES: Final = 256  # what arrives together is computed together, while the next group lands
 
 Slots = npt.NDArray[np.int32]
-
-
-@dataclass(slots=True)
-class Costs:
-    """Seconds spent waiting for reads, comparing checksums, and keeping window and cache; requests and bytes read."""
-
-    wait_seconds: float = 0.0
-    check_seconds: float = 0.0
-    upkeep_seconds: float = 0.0
-    n_requests: int = 0
-    bytes_read: int = 0
-
-    def __add__(self, other: Costs) -> Costs:
-        return Costs(
-            self.wait_seconds + other.wait_seconds,
-            self.check_seconds + other.check_seconds,
-            self.upkeep_seconds + other.upkeep_seconds,
-            self.n_requests + other.n_requests,
-            self.bytes_read + other.bytes_read,
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,36 +68,34 @@ class LayerBundles:
         self._is_verified = np.zeros(info.geometry.n_neurons, np.bool_)
         self._reader = reader
 
+    @property
+    def rows(self) -> npt.NDArray[np.uint8]:
+        """Where bundles are held, uint8 [capacity, stride]."""
+        return self.cache.rows
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return self.cache.capacity
+
+    @property
+    def n_held(self) -> int:
+        """Bundles in slots now."""
+        return self.cache.num_used
+
+    def is_held(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Which neurons have a slot, bool [len(ids)]."""
+        return self.cache.is_held(ids)
+
     def fetch(self, wanted: Ids, *, ahead: bool = False) -> Fetch:
-        """Hold the neurons `wanted`, and begin to read those that are not held.
-
-        No other fetch of this layer may be unfinished.
-
-        Parameters
-        ----------
-        wanted : sorted, unique, at most as many as there are slots.
-        ahead : let everything that is read for a layer in work go first.
-
-        Raises
-        ------
-        FlashReadError
-            If the reader is closed. What reading itself meets is raised by `Fetch.arrivals`.
-        """
+        """See `ActiveLayer.fetch`."""
         began = time.perf_counter()
         step = self.window.step(wanted)
         slots = self.cache.apply(step)
         return self._begin(step, slots, time.perf_counter() - began, ahead=ahead)
 
     def preload(self, tokens: Iterable[Ids]) -> Fetch:
-        """Hold what the window holds behind some tokens that nothing is computed of, and begin to read it.
-
-        Nothing must have been fetched before.
-
-        Raises
-        ------
-        FlashReadError
-            If the reader is closed.
-        """
+        """See `ActiveLayer.preload`."""
         for active in tokens:
             self.cache.apply(self.window.step(active))
         held = np.sort(self.cache.held())
@@ -136,7 +115,7 @@ class LayerBundles:
                 costs.n_requests += len(plan)
                 costs.bytes_read += int(plan.nbytes.sum())
         except BaseException:
-            fetch.finish(cancel=True)
+            fetch.finish()
             self._forget(missing[len(groups) * GROUP_BUNDLES :])
             raise
         return fetch
@@ -183,7 +162,7 @@ class LayerBundles:
 
 
 class Fetch:
-    """Bundles on their way: `hits` are there at once, the others arrive group by group.
+    """Bundles on their way, see `ActiveFetch`: `hits` are there at once, the others arrive group by group.
 
     Attributes
     ----------
@@ -200,6 +179,20 @@ class Fetch:
         self._groups = groups
         self._n_ended = 0  # groups
 
+    @property
+    def n_hits(self) -> int:
+        """Bundles that were held."""
+        return len(self.hits)
+
+    @property
+    def n_missing(self) -> int:
+        """Bundles that have to be read."""
+        return len(self.missing)
+
+    def there(self) -> tuple[Ids, Slots]:
+        """Neurons that were held, and their slots."""
+        return self.hits, self._layer.cache.slots(self.hits)
+
     def arrivals(self) -> Iterator[tuple[Ids, Slots]]:
         """Neurons and slots of the missing bundles as they arrive, in their order.
 
@@ -213,7 +206,7 @@ class Fetch:
             failures, lost = self._receive(group)
             self._n_ended += 1
             if failures:
-                self.finish(cancel=False, lost=lost)
+                self._end(cancel=False, lost=lost)
                 raise failures[0]
             yield group.ids, group.slots
 
@@ -222,7 +215,11 @@ class Fetch:
         if self._n_ended < len(self._groups):
             self._groups[-1].pending.look()
 
-    def finish(self, *, cancel: bool, lost: Ids | None = None) -> None:
+    def finish(self) -> None:
+        """Keep what has arrived, give up the rest, and roll back what is not there, without a word."""
+        self._end(cancel=True)
+
+    def _end(self, *, cancel: bool, lost: Ids | None = None) -> None:
         """Wait for what is under way and roll back what failed, without a word: nobody computed with it.
 
         Parameters

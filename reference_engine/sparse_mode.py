@@ -13,6 +13,7 @@ from typing import Protocol
 
 from flashfmt import FlashModel
 from flashfmt.errors import PromptError
+from reference_engine.active_bundles import OpenReader
 from reference_engine.backends import Backend
 from reference_engine.bundle_checksums import Verify
 from reference_engine.flash_io import IO_ALIGNMENT, IoTuning, RangeReader, open_reader
@@ -27,7 +28,7 @@ from reference_engine.selectors import (
     selectors_nbytes,
 )
 from reference_engine.slot_sharing import F64, expected_misses, predicted_window
-from reference_engine.sparse_bundles import OpenReader, SparseBundles
+from reference_engine.sparse_bundles import SparseBundles
 from reference_engine.sparse_plan import BundleSizes, SparsePlan, plan_sparse
 
 

@@ -18,6 +18,26 @@ from reference_engine.neuron_window import Ids
 
 
 @dataclass(slots=True)
+class Costs:
+    """Seconds spent waiting for reads, comparing checksums, and keeping window and cache; requests and bytes read."""
+
+    wait_seconds: float = 0.0
+    check_seconds: float = 0.0
+    upkeep_seconds: float = 0.0
+    n_requests: int = 0
+    bytes_read: int = 0
+
+    def __add__(self, other: Costs) -> Costs:
+        return Costs(
+            self.wait_seconds + other.wait_seconds,
+            self.check_seconds + other.check_seconds,
+            self.upkeep_seconds + other.upkeep_seconds,
+            self.n_requests + other.n_requests,
+            self.bytes_read + other.bytes_read,
+        )
+
+
+@dataclass(slots=True)
 class LayerFigures:
     """Counts and seconds of one layer in one pass.
 
@@ -46,6 +66,14 @@ class LayerFigures:
     check_seconds: float = 0.0
     upkeep_seconds: float = 0.0
     compute_seconds: float = 0.0
+
+    def add(self, costs: Costs) -> None:
+        """Count what a fetch cost."""
+        self.wait_seconds += costs.wait_seconds
+        self.check_seconds += costs.check_seconds
+        self.upkeep_seconds += costs.upkeep_seconds
+        self.n_requests += costs.n_requests
+        self.bytes_read += costs.bytes_read
 
     def as_dict(self) -> dict[str, int | float]:
         """All figures by name."""

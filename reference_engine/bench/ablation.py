@@ -18,6 +18,7 @@ from typing import Final, Literal
 import flashfmt
 from flashfmt import FlashModel
 from flashfmt.encodings import Encoding
+from reference_engine.active_bundles import OpenReader
 from reference_engine.bench.activity import SyntheticActivity
 from reference_engine.bench.bundle_readers import Clock, timed, unbundled
 from reference_engine.bench.decoding import NaiveSubject
@@ -32,7 +33,7 @@ from reference_engine.flash_io import load_profile
 from reference_engine.neuron_window import WindowChoice
 from reference_engine.residents import residents_nbytes
 from reference_engine.selectors import SelectorChoice, selectors_nbytes
-from reference_engine.sparse_bundles import OpenReader, SparseBundles
+from reference_engine.sparse_bundles import SparseBundles
 from reference_engine.sparse_mode import BuildsWindow, SparseOptions, bundle_opener
 from reference_engine.step_progress import StepProgress
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from flashfmt.layout import round_up
+from reference_engine.active_bundles import OpenReader
 from reference_engine.flash_io import IoCounters, Pending, RangeReader
 from reference_engine.flash_io.range_reader import Buffer
 from reference_engine.flash_io.request_plan import I64, RequestPlan
-from reference_engine.sparse_bundles import OpenReader
 
 
 class Clock:

@@ -25,6 +25,7 @@ from flashfmt import FlashModel, TensorInfo
 from flashfmt.errors import UnsupportedError
 from flashfmt.layout import round_up
 from flashfmt.manifest import InputTap
+from reference_engine.active_bundles import OpenReader
 from reference_engine.backends import Matrix, load_backend
 from reference_engine.bench.nothing_kept import NothingKept
 from reference_engine.engine import EngineOptions
@@ -43,7 +44,7 @@ from reference_engine.residents import (
 )
 from reference_engine.selectors import Everything, TappedSelector
 from reference_engine.selectors.protocol import F32
-from reference_engine.sparse_bundles import OpenReader, SparseBundles
+from reference_engine.sparse_bundles import SparseBundles
 
 SLOTS: Final = 1024  # of a layer: 16 MiB of OPT-6.7B's bundles are read at a time
 _N_READERS: Final = 4

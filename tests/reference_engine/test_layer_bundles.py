@@ -109,15 +109,13 @@ def test_what_is_held_is_what_arrived_whatever_fails(model, window, tokens):
         reader.close()
 
 
-@pytest.mark.parametrize("cancel", [True, False])
-def test_a_fetch_that_nobody_waited_for_leaves_everything_consistent(model, cancel):
+def test_a_fetch_that_nobody_waited_for_leaves_everything_consistent(model):
     layer, reader = make(model, LeastRecent(N, CAPACITY))
     first = layer.fetch(ids(range(60)))
-    first.finish(cancel=cancel)
-    first.finish(cancel=cancel)
+    first.finish()
+    first.finish()
     held = set(layer.cache.held().tolist())
     assert held <= set(range(60))
-    assert cancel or len(held) == 60
     check(layer, model, held)
     again = layer.fetch(ids(range(100)))
     assert sum(len(arriving) for arriving, _ in again.arrivals()) == 100 - len(held)
@@ -193,7 +191,7 @@ def test_an_interrupted_wait_leaves_nothing_half_read(model, monkeypatch):
         patch.setattr(Pending, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(fetch.arrivals())
-    fetch.finish(cancel=True)
+    fetch.finish()
     held = set(layer.cache.held().tolist())
     assert held <= set(range(16, 20))
     check(layer, model, held)
