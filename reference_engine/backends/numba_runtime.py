@@ -15,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ import numba
 config: Any = numba.config  # its settings are made at run time
 
 _COMPLETE = "complete"
+_DAYS_KEPT = 30
 _SPIN_COUNT = "5000"
 
 
@@ -51,13 +54,21 @@ def kernel_directory() -> Path:
 
 
 def are_kernels_cached() -> bool:
-    """Whether all kernels are in `kernel_directory`."""
-    return (kernel_directory() / _COMPLETE).is_file()
+    """Whether all kernels are in `kernel_directory`; marks it as in use."""
+    directory = kernel_directory()
+    os.utime(directory)
+    return (directory / _COMPLETE).is_file()
 
 
 def note_kernels_cached() -> None:
-    """Record that all kernels are in `kernel_directory`."""
-    (kernel_directory() / _COMPLETE).touch()
+    """Record that all kernels are in `kernel_directory`, and remove those that nobody has loaded for a month."""
+    directory = kernel_directory()
+    (directory / _COMPLETE).touch()
+    oldest = time.time() - _DAYS_KEPT * 86400
+    for other in directory.parent.glob("kernels-*"):
+        with suppress(OSError):  # another process removes it as well
+            if other != directory and other.stat().st_mtime < oldest:
+                shutil.rmtree(other)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,20 @@ def test_a_cache_that_others_may_write_is_not_used(tmp_path):
     assert directory != planted
     assert directory.parents[2] == tmp_path
     assert directory.parents[1].stat().st_mode & 0o777 == 0o700
+
+
+def test_kernels_that_nobody_loads_any_more_are_removed(tmp_path):
+    old, used = (tmp_path / "flashfmt" / f"kernels-{name}" for name in ("old", "used"))
+    for directory in (old, used):
+        directory.mkdir(parents=True)
+        (directory / "kernel.nbc").touch()
+    a_year_ago = time.time() - 365 * 86400
+    os.utime(old, (a_year_ago, a_year_ago))
+    code = "from reference_engine.backends.numba_runtime import note_kernels_cached as n; n()"
+    assert run_python("-c", code, NUMBA_CACHE_DIR=str(tmp_path)).returncode == 0
+    assert not old.exists()
+    assert used.exists()
+    assert are_kernels_cached()
 
 
 def test_importing_the_package_does_not_import_numba():
