@@ -22,6 +22,7 @@ from flashfmt.errors import PromptError
 from reference_engine.active_bundles import BLOCK_NEURONS
 from reference_engine.backends import BackendName, load_backend
 from reference_engine.backends.cupy_device import open_cuda_device
+from reference_engine.backends.warm_up import release_compiler
 from reference_engine.bundle_checksums import Verify
 from reference_engine.device_bundles import DeviceBundles
 from reference_engine.device_exact import DeviceExactBundles
@@ -185,7 +186,9 @@ class Engine:
             if loaded_before_plan is not None:
                 loaded_before_plan(self.model)
             trim_heap()  # reading a tokenizer leaves megabytes of freed memory
-            self.plan = self._plan()
+            at_start = resident_nbytes()
+            release_compiler()
+            self.plan = self._plan(at_start)
         except BaseException:
             self.model.close()
             raise
@@ -340,7 +343,7 @@ class Engine:
         exact.load(progress)
         return exact
 
-    def _plan(self) -> MemoryPlan | SparsePlan:
+    def _plan(self, at_start: int) -> MemoryPlan | SparsePlan:
         if self._placement is not None:
             return self._placement.plan(resident_nbytes())
         decoder, sparse = self.model.decoder, self.options.sparse
@@ -351,11 +354,12 @@ class Engine:
         if sparse is not None:
             scratch = self._scratch_nbytes(BLOCK_NEURONS) + self._scores_nbytes()
             selectors = sparse_selectors_nbytes(self.model, sparse)
-            fixed = FixedParts(process, residents, kv_cache, scratch, selectors)
+            fixed = FixedParts(process, residents, kv_cache, scratch, selectors, at_start)
             return plan_sparse_mode(self.model, sparse, fixed, ceiling, self.context_tokens)
         blocks = model_blocks(self.model)
         scratch = self._scratch_nbytes(max(block.n_neurons for block in blocks))
-        return plan_memory(FixedParts(process, residents, kv_cache, scratch), blocks, ceiling, self.context_tokens)
+        fixed = FixedParts(process, residents, kv_cache, scratch, at_start=at_start)
+        return plan_memory(fixed, blocks, ceiling, self.context_tokens)
 
     def _scores_nbytes(self) -> int:
         """Scores of all neurons for one prefill chunk, as a selector has them: two projections and their product."""

@@ -17,6 +17,9 @@ import psutil
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _PEAK: Final = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
+_SMAPS: Final = Path("/proc/self/smaps")
+_MAPPING: Final = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \S+ +(/.*)$")
+_MADV_DONTNEED: Final = 4
 _AUTO_SHARE: Final = 0.8  # of what is free: the rest is for the page cache and the other programs
 
 
@@ -53,6 +56,23 @@ def trim_heap() -> None:
         trim(0)
 
 
+def release_library(name: str) -> None:
+    """Let go of the pages of a shared library's code and constants; what is needed again is read again. Linux only.
+
+    Pages of its own that this process has written to, relocations among them, stay.
+
+    Parameters
+    ----------
+    name : the file's name begins with it.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    c_library = ctypes.CDLL(None)
+    c_library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for first, last in _unwritten_mappings(name):
+        c_library.madvise(first, last - first, _MADV_DONTNEED)
+
+
 def available_nbytes() -> int:
     """Bytes this process may still take: what the system calls available, or less inside a memory cgroup."""
     room = [int(psutil.virtual_memory().available)]
@@ -70,6 +90,23 @@ def usable_cores() -> int:
     """Processor cores this process may keep busy: those it may run on, or fewer where a cgroup limits its time."""
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([n, *(math.ceil(share) for share in _cpu_quotas())]))
+
+
+def _unwritten_mappings(name: str) -> list[tuple[int, int]]:
+    """(first, last) address of the read-only mappings of a library that hold nothing but what its file holds."""
+    try:
+        lines = _SMAPS.read_text().splitlines()
+    except OSError:
+        return []
+    mappings, candidate = [], None
+    for line in lines:
+        match = _MAPPING.match(line)
+        if match is not None:
+            is_wanted = Path(match[4]).name.startswith(name) and match[3][1] == "-" and match[3][3] == "p"
+            candidate = (int(match[1], 16), int(match[2], 16)) if is_wanted else None
+        elif candidate is not None and line.split() == ["Anonymous:", "0", "kB"]:
+            mappings.append(candidate)
+    return mappings
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:

@@ -21,13 +21,20 @@ _MARGIN_SHARE: Final = 100  # and one hundredth of all that is held
 
 @dataclass(frozen=True, slots=True)
 class FixedParts:
-    """Bytes that do not depend on the ceiling."""
+    """Bytes that do not depend on the ceiling.
+
+    Attributes
+    ----------
+    process : held already when the plan is made.
+    at_start : held for a while before that; no part of the sum, but no ceiling can be below it.
+    """
 
     process: int
     residents: int
     kv_cache: int
     scratch: int
     selectors: int = 0
+    at_start: int = 0
 
     @property
     def total(self) -> int:
@@ -99,7 +106,7 @@ def plan_memory(fixed: FixedParts, blocks: Sequence[Block], ceiling: int, contex
     """
     ring = RING_SLOTS * round_up(max(block.nbytes for block in blocks), 4096)
     everything = pinned_nbytes(blocks, [True] * len(blocks))
-    floor = with_margin(fixed.total + min(ring, everything))
+    floor = max(with_margin(fixed.total + min(ring, everything)), fixed.at_start)
     require_floor(ceiling, floor)
     if with_margin(fixed.total + everything) <= ceiling:
         pinned, ring = [True] * len(blocks), 0

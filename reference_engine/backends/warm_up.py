@@ -3,7 +3,9 @@
 A compiler takes hundreds of megabytes that the process which runs the model must not hold; kernels read from the
 disk cache take little.
 
-Knows: how to start the child. Does not know: kernels.
+Loading them takes the compiler's library all the same, some 65 MiB of it; running them does not.
+
+Knows: how to start the child, and the library. Does not know: kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from reference_engine.machine import release_library
+
 _TIMEOUT_SECONDS = 900
+_COMPILER_LIBRARY = "libllvmlite"
 _READING = "reference_engine.flash_io.numba_queue"  # compiles its functions, or loads them, when it is imported
 
 
@@ -33,6 +38,11 @@ def warm_up() -> bool:
     are_cached = are_kernels_cached() or _compile_in_child()
     importlib.import_module(_READING)
     return are_cached
+
+
+def release_compiler() -> None:
+    """Let go of the compiler's library, once the kernels are loaded. It is read again if it is needed after all."""
+    release_library(_COMPILER_LIBRARY)
 
 
 def _compile_in_child() -> bool:

@@ -81,3 +81,37 @@ def test_automatic_ceiling_leaves_room_for_others(monkeypatch):
     monkeypatch.setattr(machine, "available_nbytes", lambda: 1000 << 20)
     ceiling = machine.automatic_ceiling()
     assert machine.resident_nbytes() < ceiling < machine.resident_nbytes() + (1000 << 20)
+
+
+LIBRARY = """
+import ctypes, sys
+import numpy as np
+from reference_engine.machine import _unwritten_mappings, release_library, resident_nbytes
+import llvmlite.binding as llvm
+text = "define i32 @add(i32 %a, i32 %b) { %c = add i32 %a, %b ret i32 %c }"
+def compute():
+    module = llvm.parse_assembly(text)
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    with llvm.create_mcjit_compiler(module, machine) as compiler:
+        compiler.finalize_object()
+        return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int)(compiler.get_function_address("add"))(2, 3)
+llvm.initialize_native_target(); llvm.initialize_native_asmprinter()
+assert compute() == 5
+before = resident_nbytes()
+release_library("libllvmlite")
+after = resident_nbytes()
+assert compute() == 5
+print(len(_unwritten_mappings("libllvmlite")), before - after)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_released_library_still_works():
+    result = subprocess.run([sys.executable, "-c", LIBRARY], capture_output=True, text=True, check=True)
+    n_mappings, n_released = map(int, result.stdout.split())
+    assert n_mappings >= 2
+    assert n_released > 16 << 20
+
+
+def test_a_library_that_is_not_loaded_is_left_alone():
+    machine.release_library("libnothing")
