@@ -100,7 +100,10 @@ def _rows(ctx: click.Context, param: click.Parameter, value: str | None) -> list
 @click.option("--exact", is_flag=True, help="With --like: compute all neurons; no synthetic activity.")
 @click.option("--encoding", type=click.Choice(_WEIGHTS), default="f16", show_default=True, help="With --like: bundles.")
 @click.option(
-    "--residents", type=click.Choice(_WEIGHTS), default="f16", show_default=True, help="With --like: other matrices."
+    "--residents",
+    type=click.Choice(["auto", "stored", *_WEIGHTS]),
+    help="With --like: encoding of the file's other matrices, f16 by default. With MODEL: what to hold them in; auto, "
+    "stored (the default), q8 or q4.",
 )
 @click.option(
     "--cache",
@@ -130,7 +133,7 @@ def bench(
     shape: Shape | None,
     keep: bool,
     cache: Path | None,
-    residents: str,
+    residents: str | None,
     as_json: bool,
     output: Path | None,
     quiet: bool,
@@ -145,14 +148,14 @@ def bench(
     """
     _refuse(ctx, model, shape)
     encoding = Encoding(options.pop("encoding"))
-    request = _request(ctx, shape, options)
+    request = _request(ctx, shape, options | {"residents": "stored" if shape else residents or "stored"})
     with ExitStack() as stack:
         progress = stack.enter_context(shown(quiet=quiet))
         if shape is not None:
             files = SyntheticFiles(
                 shape,
                 cache or cache_directory() / "flashfmt" / "bench",
-                residents=Encoding(residents),
+                residents=Encoding(residents or "f16"),
                 keep=keep,
                 say=lambda line: click.echo(line, err=True),
                 report=progress,
@@ -174,9 +177,13 @@ def _refuse(ctx: click.Context, model: Path | None, shape: Shape | None) -> None
     if (model is None) == (shape is None):
         raise click.UsageError("give either MODEL or --like")
     if model is not None:
-        for name in ("exact", "encoding", "residents", "cache", "keep"):
+        for name in ("exact", "encoding", "cache", "keep"):
             if _is_given(ctx, name):
                 raise click.UsageError(f"--{name} goes with --like")
+    wanted = _WEIGHTS if model is None else ("auto", "stored", "q8", "q4")
+    if options["residents"] not in (None, *wanted):
+        place = "--like" if model is None else "MODEL"
+        raise click.UsageError(f"--residents {options['residents']} does not go with {place}: {', '.join(wanted)}")
     if _is_given(ctx, "rows") and not options["ablation"]:
         raise click.UsageError("--rows goes with --ablation")
     if options["exact"] and (options["ablation"] or options["selector"] is not None):

@@ -212,6 +212,13 @@ def calibrate(model: Path, texts: tuple[Path, ...], output: Path | None, as_json
     help="Write all figures there; - for stdout.",
 )
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="FILE", help="Draw to a .png or .svg.")
+@click.option(
+    "--residents",
+    type=click.Choice(["stored", "q8", "q4"]),
+    default="stored",
+    show_default=True,
+    help="Encoding to hold attention and the other resident matrices in.",
+)
 @_MEMORY
 @_BACKEND
 @_THREADS
@@ -244,9 +251,8 @@ def evaluate(
     window, stride = options["window"], options["stride"]
     if window is not None and stride is not None and stride > window:
         raise click.BadParameter(f"{stride} tokens skip over text between windows of {window}", param_hint="--stride")
-    engine = EngineOptions(
-        memory=options.pop("memory"), backend=options.pop("backend"), n_threads=options.pop("n_threads")
-    )
+    names_of_engine = ("memory", "backend", "n_threads", "residents")
+    engine = EngineOptions(**{name: options.pop(name) for name in names_of_engine})
     with _progress(quiet=options.pop("quiet")) as progress:
         settings = EvaluationOptions(selectors=names, **options)
         evaluation = perform(model, texts, options=settings, engine=engine, progress=progress)

@@ -137,6 +137,14 @@ _ENGINE_OPTIONS = _grouped(
         show_default=True,
         help="Ceiling on everything the process holds, such as 6GiB; auto: four fifths of what is free.",
     ),
+    click.option(
+        "--residents",
+        type=click.Choice(["auto", "stored", "q8", "q4"]),
+        default="auto",
+        show_default=True,
+        help="Encoding to hold attention and the other resident matrices in; auto: as stored, but narrower with "
+        "--selector where the ceiling has no room for the neuron window otherwise.",
+    ),
     ENGINE_OPTIONS,
 )
 
@@ -427,8 +435,14 @@ def _print_plan(console: Console, engine: Engine) -> None:
     table.add_row("smallest ceiling that works", format_size(plan.floor))
     read = plan.streamed if isinstance(plan, MemoryPlan) else plan.expected_read
     table.add_row("read from flash for each token", "as the text needs" if read is None else format_size(read))
+    notes = []
     if isinstance(plan, SparsePlan):
-        table.caption = "what the selector leaves out counts as zero: the output is an approximation"
+        notes.append("what the selector leaves out counts as zero: the output is an approximation")
+    if plan.fixed.resident_encoding is not None:
+        held_in = plan.fixed.resident_encoding
+        notes.append(f"resident matrices are held in {held_in}, unless --residents stored is given")
+    if notes:
+        table.caption = "; ".join(notes)
     console.print(table)
     if engine.device_way is not None:
         console.print(f"bundles to the device: {engine.device_way.name} ({engine.device_way.reason})", highlight=False)

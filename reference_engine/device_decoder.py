@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from flashfmt import FlashModel
+from flashfmt.encodings import Encoding
 from flashfmt.manifest import Decoder
 from reference_engine.backends import Matrix
 from reference_engine.backends.cupy_backend import CupyBackend
 from reference_engine.backends.cupy_protocol import DeviceArray
 from reference_engine.kv_cache import KvCache, KvType
 from reference_engine.models.decoder_stack import DecoderStack, Rotation
-from reference_engine.residents import load_tensors, resident_tensors
+from reference_engine.residents import as_matrix, load_tensors, resident_tensors
 
 F32 = npt.NDArray[np.float32]
 
@@ -30,21 +31,22 @@ class DeviceResidents:
         model: FlashModel,
         backend: CupyBackend,
         *,
+        encoding: Encoding | None = None,
         verify: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self._model = model
+        self._encoding = encoding
         self._loaded: dict[str, DeviceArray] = {}
         for info in resident_tensors(model):
-            host = load_tensors(model, [info.name], verify=verify, progress=progress)[info.name]
+            loaded = load_tensors(model, [info.name], encoding=encoding, verify=verify, progress=progress)
+            host = loaded[info.name]
             is_angle = info.name.startswith("rotary/")  # the host computes sines and cosines
             self._loaded[info.name] = host.copy() if is_angle else backend.device.upload(host)
 
     def matrix(self, name: str) -> Matrix:
-        """A weight matrix in storage form, on the device."""
-        info = self._model.tensors[name]
-        data = self._loaded[name].view(info.encoding.storage_dtype).reshape(info.storage_shape)
-        return Matrix(info.encoding, info.shape[0], info.shape[1], data)
+        """A weight matrix in the encoding that it is held in, on the device."""
+        return as_matrix(self._model.tensors[name], self._loaded[name], self._encoding)
 
     def vector(self, name: str) -> F32 | None:
         """A float32 vector, or None where the model has none of that name; rotary frequencies lie on the host."""

@@ -9,13 +9,15 @@ Knows: how the parts of a device's engine fit together. Does not know: their ins
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from flashfmt import FlashModel
+from flashfmt.encodings import Encoding
 from flashfmt.errors import BudgetError, PromptError
 from flashfmt.manifest import Decoder
 from reference_engine.active_bundles import BLOCK_NEURONS
@@ -32,6 +34,7 @@ from reference_engine.exact_bundles import model_blocks
 from reference_engine.flash_io import IO_ALIGNMENT
 from reference_engine.kv_cache import KvType, kv_cache_nbytes
 from reference_engine.plan import RING_SLOTS, FixedParts, MemoryPlan, plan_memory
+from reference_engine.resident_encoding import ResidentsChoice, choose_plan, encodings_to_try
 from reference_engine.residents import (
     EMBEDDING,
     FlashTable,
@@ -50,6 +53,7 @@ from reference_engine.sparse_mode import (
     plan_sparse_mode,
     sparse_selectors_nbytes,
     starting_tokens,
+    window_share,
 )
 from reference_engine.sparse_plan import SparsePlan
 
@@ -79,6 +83,7 @@ class DeviceOptions:
     kv_type: KvType
     verify: Verify
     sparse: SparseOptions | None
+    residents: ResidentsChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,20 +150,39 @@ class DevicePlacement:
                 actual=ceiling,
             )
         self._require_dram(process_nbytes)
-        kv_cache = kv_cache_nbytes(model.decoder, options.context_tokens, options.kv_type)
-        residents = residents_nbytes(model)
-        n_tokens = min(options.prefill_tokens, options.context_tokens)
-        if options.sparse is not None:
-            scratch = _scratch_nbytes(model.decoder, n_tokens, options.context_tokens, BLOCK_NEURONS)
-            scratch += self._landing_nbytes() + 8 * n_tokens * model.decoder.ffn.d_ff
-            selectors = sparse_selectors_nbytes(model, options.sparse)
-            fixed = FixedParts(self.context_nbytes, residents, kv_cache, scratch, selectors)
-            return plan_sparse_mode(model, options.sparse, fixed, ceiling, options.context_tokens)
-        blocks = model_blocks(model)
-        d_ff = model.decoder.ffn.d_ff  # pinned neighbours are computed together
-        scratch = _scratch_nbytes(model.decoder, n_tokens, options.context_tokens, d_ff)
-        fixed = FixedParts(self.context_nbytes, residents, kv_cache, scratch + self._landing_nbytes())
-        return plan_memory(fixed, blocks, ceiling, options.context_tokens)
+        encodings = encodings_to_try(model, options.residents, may_be_lossy=options.sparse is not None)
+        if options.sparse is None:
+            return choose_plan(encodings, partial(self._plan_exact, ceiling), lambda plan: True)
+        whole = window_share(model, options.sparse)
+        by_encoding = partial(self._plan_sparse, options.sparse, ceiling)
+        return choose_plan(encodings, by_encoding, lambda plan: plan.held_share >= whole)
+
+    def _plan_exact(self, ceiling: int, residents: Encoding | None) -> MemoryPlan:
+        fixed = self._fixed_parts(residents, self._model.decoder.ffn.d_ff)  # pinned neighbours are computed together
+        return plan_memory(fixed, model_blocks(self._model), ceiling, self._options.context_tokens)
+
+    def _plan_sparse(self, sparse: SparseOptions, ceiling: int, residents: Encoding | None) -> SparsePlan:
+        fixed = self._fixed_parts(residents, BLOCK_NEURONS)
+        scores = 8 * self._n_prefill_tokens * self._model.decoder.ffn.d_ff
+        selectors = sparse_selectors_nbytes(self._model, sparse)
+        fixed = replace(fixed, scratch=fixed.scratch + scores, selectors=selectors)
+        return plan_sparse_mode(self._model, sparse, fixed, ceiling, self._options.context_tokens)
+
+    def _fixed_parts(self, residents: Encoding | None, block_neurons: int) -> FixedParts:
+        """What is held whatever the ceiling, but for selectors."""
+        decoder, n_context = self._model.decoder, self._options.context_tokens
+        scratch = _scratch_nbytes(decoder, self._n_prefill_tokens, n_context, block_neurons)
+        return FixedParts(
+            process=self.context_nbytes,
+            residents=residents_nbytes(self._model, residents),
+            kv_cache=kv_cache_nbytes(decoder, n_context, self._options.kv_type),
+            scratch=scratch + self._landing_nbytes(),
+            resident_encoding=residents,
+        )
+
+    @property
+    def _n_prefill_tokens(self) -> int:
+        return min(self._options.prefill_tokens, self._options.context_tokens)
 
     def load(self, plan: MemoryPlan | SparsePlan, progress: Progress | None = None) -> LoadedModel:
         """Copy to the device what the plan keeps there.
@@ -169,7 +193,13 @@ class DevicePlacement:
         """
         model, options, backend = self._model, self._options, self.backend
         self._device.limit(plan.ceiling - self.context_nbytes)
-        residents = DeviceResidents(model, backend, verify=options.verify != "never", progress=progress)
+        residents = DeviceResidents(
+            model,
+            backend,
+            encoding=plan.fixed.resident_encoding,
+            verify=options.verify != "never",
+            progress=progress,
+        )
         kv_cache = DeviceKvCache(model.decoder, options.context_tokens, options.kv_type, backend)
         bundles = self._load_bundles(plan, progress)
         table = flash_table(model, NumpyBackend())

@@ -7,8 +7,9 @@ One sequence at a time: its KV cache is part of the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 import flashfmt
 from flashfmt import FlashModel
+from flashfmt.encodings import Encoding
 from flashfmt.errors import PromptError
 from reference_engine.active_bundles import BLOCK_NEURONS
 from reference_engine.backends import BackendName, load_backend
@@ -34,14 +36,15 @@ from reference_engine.kv_cache import KvCache, KvType, kv_cache_nbytes
 from reference_engine.machine import automatic_ceiling, resident_nbytes, trim_heap
 from reference_engine.models.decoder_stack import DecoderStack
 from reference_engine.plan import FixedParts, MemoryPlan, plan_memory
+from reference_engine.resident_encoding import ResidentsChoice, choose_plan, encodings_to_try
 from reference_engine.residents import (
     EMBEDDING,
     FlashTable,
-    Residents,
     ResidentTable,
     flash_table,
     load_residents,
     multiplied_encodings,
+    residents_file_nbytes,
     residents_nbytes,
 )
 from reference_engine.sparse_bundles import SparseBundles
@@ -49,8 +52,10 @@ from reference_engine.sparse_mode import (
     SparseOptions,
     load_sparse,
     plan_sparse_mode,
+    selector_encodings,
     sparse_load_nbytes,
     sparse_selectors_nbytes,
+    window_share,
 )
 from reference_engine.sparse_plan import SparsePlan
 
@@ -73,6 +78,9 @@ class EngineOptions:
     backend, n_threads : see `load_backend`.
     verify : check the checksums of what is read never, the first time, or always.
     sparse : leave neurons out, by these options; None computes with all of them.
+    residents : hold matrices other than bundles ``stored``, as the file has them, or re-encode them while loading, in
+        ``q8`` or ``q4``, which is an approximation. ``auto`` does so in sparse mode, where the plan leaves too little
+        for the neuron window otherwise; see `choose_plan`.
     device : ``cpu``, or ``cuda``: weights, activations and arithmetic on a GPU; `backend` and `n_threads` mean nothing.
     vram : with ``cuda``, the ceiling in bytes on everything the process holds there; None takes most of what is free.
     host_memory : with ``cuda``, page-locked bytes that keep bundles which left the device.
@@ -85,6 +93,7 @@ class EngineOptions:
     n_threads: int | None = None
     verify: Verify = "first"
     sparse: SparseOptions | None = None
+    residents: ResidentsChoice = "stored"
     device: Literal["cpu", "cuda"] = "cpu"
     vram: int | None = None
     host_memory: int = 0
@@ -182,13 +191,9 @@ class Engine:
             self._placement = self._place()
             if self._placement is None:
                 self._backend = load_backend(self.options.backend, self.options.n_threads)
-                self._backend.prepare(multiplied_encodings(self.model))
             if loaded_before_plan is not None:
                 loaded_before_plan(self.model)
-            trim_heap()  # reading a tokenizer leaves megabytes of freed memory
-            at_start = resident_nbytes()
-            release_compiler()
-            self.plan = self._plan(at_start)
+            self.plan = self._plan()
         except BaseException:
             self.model.close()
             raise
@@ -211,7 +216,7 @@ class Engine:
         bundles = self.plan.pinned if isinstance(self.plan, MemoryPlan) else 0
         if isinstance(self.plan, SparsePlan) and self.options.sparse is not None:
             bundles = sparse_load_nbytes(self.model, self.options.sparse, self.plan.capacities)
-        return residents_nbytes(self.model) + bundles
+        return residents_file_nbytes(self.model) + bundles
 
     @property
     def exact_plan(self) -> MemoryPlan:
@@ -253,10 +258,13 @@ class Engine:
             self._stack, self._kv_cache, self._bundles = loaded.stack, loaded.kv_cache, loaded.bundles
             self._flash_table = loaded.flash_table
             return
-        residents = Residents(
+        residents = load_residents(
             self.model,
-            load_residents(self.model, verify=self.options.verify != "never", progress=progress),
+            encoding=self.plan.fixed.resident_encoding,
+            verify=self.options.verify != "never",
+            progress=progress,
         )
+        trim_heap()  # re-encoding leaves megabytes of freed memory
         self._bundles = self._load_bundles(progress)
         self._flash_table = flash_table(self.model, self._backend)
         tokens = self._flash_table or ResidentTable(residents.matrix(EMBEDDING), self._backend)
@@ -318,6 +326,7 @@ class Engine:
             kv_type=options.kv_type,
             verify=options.verify,
             sparse=options.sparse,
+            residents=options.residents,
         )
         return DevicePlacement(self.model, open_cuda_device(), device_options)
 
@@ -337,29 +346,62 @@ class Engine:
                 verify=self.options.verify,
                 progress=progress,
             )
-            trim_heap()  # re-encoding copies leaves megabytes of freed memory
+            trim_heap()  # and so does making selectors
             return sparse
         exact = ExactBundles(self.model, self.exact_plan.pinned_blocks, verify=self.options.verify)
         exact.load(progress)
         return exact
 
-    def _plan(self, at_start: int) -> MemoryPlan | SparsePlan:
+    def _plan(self) -> MemoryPlan | SparsePlan:
         if self._placement is not None:
+            trim_heap()  # reading a tokenizer leaves megabytes of freed memory
             return self._placement.plan(resident_nbytes())
-        decoder, sparse = self.model.decoder, self.options.sparse
-        ceiling = self.options.memory if self.options.memory is not None else automatic_ceiling()
-        process = resident_nbytes()
-        kv_cache = kv_cache_nbytes(decoder, self.context_tokens, self.options.kv_type)
-        residents = residents_nbytes(self.model)
-        if sparse is not None:
-            scratch = self._scratch_nbytes(BLOCK_NEURONS) + self._scores_nbytes()
-            selectors = sparse_selectors_nbytes(self.model, sparse)
-            fixed = FixedParts(process, residents, kv_cache, scratch, selectors, at_start)
-            return plan_sparse_mode(self.model, sparse, fixed, ceiling, self.context_tokens)
+        sparse = self.options.sparse
+        encodings = encodings_to_try(self.model, self.options.residents, may_be_lossy=sparse is not None)
+        if sparse is None:
+            return choose_plan(encodings, self._plan_exact, lambda plan: True)
+        whole = window_share(self.model, sparse)
+        return choose_plan(encodings, partial(self._plan_sparse, sparse), lambda plan: plan.held_share >= whole)
+
+    def _plan_exact(self, residents: Encoding | None) -> MemoryPlan:
         blocks = model_blocks(self.model)
-        scratch = self._scratch_nbytes(max(block.n_neurons for block in blocks))
-        fixed = FixedParts(process, residents, kv_cache, scratch, at_start=at_start)
-        return plan_memory(fixed, blocks, ceiling, self.context_tokens)
+        fixed = self._fixed_parts(residents, scratch=self._scratch_nbytes(max(block.n_neurons for block in blocks)))
+        return plan_memory(fixed, blocks, self._ceiling(), self.context_tokens)
+
+    def _plan_sparse(self, sparse: SparseOptions, residents: Encoding | None) -> SparsePlan:
+        fixed = self._fixed_parts(
+            residents,
+            scratch=self._scratch_nbytes(BLOCK_NEURONS) + self._scores_nbytes(),
+            selectors=sparse_selectors_nbytes(self.model, sparse),
+            multiplied=selector_encodings(sparse),
+        )
+        return plan_sparse_mode(self.model, sparse, fixed, self._ceiling(), self.context_tokens)
+
+    def _ceiling(self) -> int:
+        return self.options.memory if self.options.memory is not None else automatic_ceiling()
+
+    def _fixed_parts(
+        self, residents: Encoding | None, *, scratch: int, selectors: int = 0, multiplied: Iterable[Encoding] = ()
+    ) -> FixedParts:
+        """What is held whatever the ceiling, with residents in that encoding; loads the kernels that it takes.
+
+        Parameters
+        ----------
+        multiplied : encodings of matrices that are made while loading.
+        """
+        self._backend.prepare(multiplied_encodings(self.model, residents).union(multiplied))
+        trim_heap()  # reading a tokenizer leaves megabytes of freed memory
+        at_start = resident_nbytes()
+        release_compiler()
+        return FixedParts(
+            process=resident_nbytes(),
+            residents=residents_nbytes(self.model, residents),
+            kv_cache=kv_cache_nbytes(self.model.decoder, self.context_tokens, self.options.kv_type),
+            scratch=scratch,
+            selectors=selectors,
+            at_start=at_start,
+            resident_encoding=residents,
+        )
 
     def _scores_nbytes(self) -> int:
         """Scores of all neurons for one prefill chunk, as a selector has them: two projections and their product."""

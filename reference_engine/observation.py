@@ -30,7 +30,6 @@ from reference_engine.models.weights import BundleBlock, TapPoint, WithoutLookAh
 from reference_engine.residents import (
     EMBEDDING,
     FlashTable,
-    Residents,
     ResidentTable,
     flash_table,
     load_residents,
@@ -127,6 +126,11 @@ class ObservedModel:
         return self._engine.model
 
     @property
+    def residents(self) -> str:
+        """Encoding that resident matrices are held in; ``stored`` where they are as in the file."""
+        return str(self._engine.exact_plan.fixed.resident_encoding or "stored")
+
+    @property
     def backend(self) -> Backend:
         """What computes."""
         return self._backend
@@ -182,7 +186,8 @@ class ObservedModel:
         engine, model = self._engine, self._engine.model
         self._backend = load_backend(engine.options.backend, engine.options.n_threads)
         verify = engine.options.verify
-        residents = Residents(model, load_residents(model, verify=verify != "never", progress=progress))
+        encoding = engine.exact_plan.fixed.resident_encoding
+        residents = load_residents(model, encoding=encoding, verify=verify != "never", progress=progress)
         self._bundles = ExactBundles(model, engine.exact_plan.pinned_blocks, verify=verify)
         self._bundles.load(progress)
         self._kv_cache = KvCache(model.decoder, engine.context_tokens, engine.options.kv_type)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from flashfmt.encodings import Encoding
 from flashfmt.errors import BudgetError
 from flashfmt.layout import round_up
 from reference_engine.bundle_blocks import Block, choose_pinned, pinned_nbytes
@@ -27,6 +28,7 @@ class FixedParts:
     ----------
     process : held already when the plan is made.
     at_start : held for a while before that; no part of the sum, but no ceiling can be below it.
+    resident_encoding : what resident matrices are re-encoded in while they are loaded; None leaves them as stored.
     """
 
     process: int
@@ -35,11 +37,17 @@ class FixedParts:
     scratch: int
     selectors: int = 0
     at_start: int = 0
+    resident_encoding: Encoding | None = None
 
     @property
     def total(self) -> int:
         """Sum of all parts."""
         return self.process + self.residents + self.kv_cache + self.scratch + self.selectors
+
+    @property
+    def residents_label(self) -> str:
+        """What the resident tensors are, for printing."""
+        return "resident tensors" + ("" if self.resident_encoding is None else f", in {self.resident_encoding}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,7 @@ class MemoryPlan:
         """(what, bytes) in the order of the forward pass, for printing."""
         return [
             ("process (interpreter, kernels, tokenizer)", self.fixed.process),
-            ("resident tensors", self.fixed.residents),
+            (self.fixed.residents_label, self.fixed.residents),
             (f"KV cache ({self.context_tokens} tokens)", self.fixed.kv_cache),
             ("scratch", self.fixed.scratch),
             ("read buffers", self.ring),
@@ -78,7 +86,7 @@ class MemoryPlan:
             ("margin", self.margin),
         ]
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, object]:
         """Figures for programs."""
         return {
             "ceiling_bytes": self.ceiling,
@@ -86,6 +94,7 @@ class MemoryPlan:
             "planned_bytes": self.planned,
             "process_bytes": self.fixed.process,
             "resident_bytes": self.fixed.residents,
+            "resident_encoding": str(self.fixed.resident_encoding or "stored"),
             "kv_cache_bytes": self.fixed.kv_cache,
             "scratch_bytes": self.fixed.scratch,
             "read_buffer_bytes": self.ring,

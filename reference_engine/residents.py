@@ -1,6 +1,8 @@
 """The tensors that stay in DRAM: everything the decoder needs except the bundles.
 
 A token embedding that the logits do not share is not among them: a token needs one row of it, read from flash.
+
+Matrices are held as they are stored, or narrower (`resident_encoding`): then they are read and re-encoded in pieces.
 """
 
 from __future__ import annotations
@@ -8,34 +10,42 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from flashfmt import FlashModel, TensorInfo
-from flashfmt.encodings import Encoding
-from flashfmt.errors import ChecksumError
+from flashfmt.encodings import Encoding, decode, encode
+from flashfmt.errors import ChecksumError, FlashError
 from flashfmt.layout import round_up
 from flashfmt.manifest import required_arrays
 from reference_engine.backends import Backend, Matrix
 from reference_engine.flash_io import IO_ALIGNMENT, DirectFile, IoCounters, aligned_empty
 from reference_engine.loading import run_side_by_side
+from reference_engine.resident_encoding import POSITIONS, resident_encoding, stored_nbytes
 
 F32 = npt.NDArray[np.float32]
 EMBEDDING = "embedding/tokens"
-POSITIONS = "embedding/positions"
 _NOT_IN_A_STEP = ("predictor", "statistics", "bundle_crc32c")
+_PIECE_WEIGHTS = 1 << 18  # re-encoded at once by each thread, in some 6 MiB
 
 
-def multiplied_encodings(model: FlashModel) -> set[Encoding]:
-    """Encodings of the bundles and of the matrices that are multiplied; tables that are looked up need no kernel."""
+def multiplied_encodings(model: FlashModel, residents: Encoding | None = None) -> set[Encoding]:
+    """Encodings of the bundles and of the matrices that are multiplied; tables that are looked up need no kernel.
+
+    Parameters
+    ----------
+    residents : what the resident matrices are re-encoded in; see `resident_encoding`.
+    """
     looked_up = {POSITIONS} if model.decoder.logits.tied else {POSITIONS, EMBEDDING}
-    stored = {info.encoding for info in model.layers}
+    resident = {info.name for info in resident_tensors(model)}
+    multiplied = {info.encoding for info in model.layers}
     for name, info in model.tensors.items():
         if len(info.shape) == 2 and info.encoding.is_weight and name not in looked_up and "/statistics/" not in name:
-            stored.add(info.encoding)
-    return stored
+            multiplied.add(resident_encoding(info, residents if name in resident else None))
+    return multiplied
 
 
 class ResidentTable:
@@ -100,60 +110,86 @@ def resident_tensors(model: FlashModel) -> Iterator[TensorInfo]:
             yield model.tensors[name]
 
 
-def residents_nbytes(model: FlashModel) -> int:
+def residents_nbytes(model: FlashModel, encoding: Encoding | None = None) -> int:
     """DRAM that `load_residents` takes."""
-    return sum(_room(info) for info in resident_tensors(model))
+    return sum(_room(info, encoding) for info in resident_tensors(model))
+
+
+def residents_file_nbytes(model: FlashModel) -> int:
+    """Bytes that `load_residents` reports to its progress callback."""
+    return sum(info.extent.nbytes for info in resident_tensors(model))
 
 
 def load_residents(
-    model: FlashModel, *, verify: bool = True, progress: Callable[[int], None] | None = None
-) -> dict[str, npt.NDArray[np.uint8]]:
-    """Read the stored bytes of all resident tensors, decompressed, into one arena; by name.
-
-    Raises
-    ------
-    FlashReadError, ChecksumError
-    """
+    model: FlashModel,
+    *,
+    encoding: Encoding | None = None,
+    verify: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Residents:
+    """Read all resident tensors into one arena; see `load_tensors`."""
     names = [info.name for info in resident_tensors(model)]
-    return load_tensors(model, names, verify=verify, progress=progress)
+    return Residents(model, load_tensors(model, names, encoding=encoding, verify=verify, progress=progress), encoding)
 
 
-def tensors_nbytes(model: FlashModel, names: Sequence[str]) -> int:
+def tensors_nbytes(model: FlashModel, names: Sequence[str], encoding: Encoding | None = None) -> int:
     """DRAM that `load_tensors` takes."""
-    return sum(_room(model.tensors[name]) for name in names)
+    return sum(_room(model.tensors[name], encoding) for name in names)
 
 
 def load_tensors(
-    model: FlashModel, names: Sequence[str], *, verify: bool = True, progress: Callable[[int], None] | None = None
+    model: FlashModel,
+    names: Sequence[str],
+    *,
+    encoding: Encoding | None = None,
+    verify: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, npt.NDArray[np.uint8]]:
-    """Read the stored bytes of some tensors, decompressed, into one arena; by name.
+    """Bytes of some tensors, decompressed, in one arena; by name.
+
+    Parameters
+    ----------
+    encoding : what to hold matrices in, see `resident_encoding`; None leaves all as stored.
+    progress : called with bytes of the file as they are read.
 
     Raises
     ------
     FlashReadError, ChecksumError
+    FlashError
+        If a matrix has values that `encoding` cannot hold.
     """
-    arena = aligned_empty(tensors_nbytes(model, names))
+    arena = aligned_empty(tensors_nbytes(model, names, encoding))
     infos = [model.tensors[name] for name in names]
-    ends = np.cumsum([_room(info) for info in infos], dtype=np.int64)
-    places = [arena[end - _room(info) : end] for info, end in zip(infos, ends.tolist(), strict=True)]
+    rooms = [_room(info, encoding) for info in infos]
+    ends = np.cumsum(rooms, dtype=np.int64).tolist()
+    places = [arena[end - room : end] for room, end in zip(rooms, ends, strict=True)]
     files: dict[Path, DirectFile] = {}
     loaded: dict[str, npt.NDArray[np.uint8]] = {}
     jobs: list[Callable[[], int]] = []
     try:
         for info, place in zip(infos, places, strict=True):
+            held_in = resident_encoding(info, encoding)
+            head = _head(info) if held_in == info.encoding else 0
+            loaded[info.name] = place[head : head + stored_nbytes(info, held_in)]
             if info.codec == "raw":
                 path = info.extent.path
                 if path not in files:
                     files[path] = DirectFile(path)
-                head = info.extent.offset % IO_ALIGNMENT
-                loaded[info.name] = place[head : head + info.extent.nbytes]
-                jobs.append(partial(_read_raw, info, files[path], place, verify=verify))
+                if held_in == info.encoding:
+                    jobs.append(partial(_read_raw, info, files[path], place, verify=verify))
+                else:
+                    out = loaded[info.name]
+                    jobs.append(partial(_read_and_encode, info, files[path], held_in, out, verify=verify))
         run_side_by_side(jobs, progress)
-        for info, place in zip(infos, places, strict=True):  # one at a time: each takes its size once more
+        for info in infos:  # one at a time: each takes its size once more
             if info.codec != "raw":
                 stored = model.tensor(info.name, verify=verify).data
-                loaded[info.name] = place[: stored.nbytes]
-                loaded[info.name][:] = stored.reshape(-1).view(np.uint8)
+                held_in = resident_encoding(info, encoding)
+                if held_in == info.encoding:
+                    loaded[info.name][:] = stored.reshape(-1).view(np.uint8)
+                else:
+                    for rows in _pieces(info):
+                        _encode_rows(info, stored[rows], held_in, _rows_of(info, loaded[info.name])[rows])
                 if progress is not None:
                     progress(info.extent.nbytes)
     finally:
@@ -165,15 +201,16 @@ def load_tensors(
 class Residents:
     """Resident tensors by name, as the backend takes them."""
 
-    def __init__(self, model: FlashModel, loaded: dict[str, npt.NDArray[np.uint8]]) -> None:
+    def __init__(
+        self, model: FlashModel, loaded: dict[str, npt.NDArray[np.uint8]], encoding: Encoding | None = None
+    ) -> None:
         self._model = model
         self._loaded = loaded
+        self._encoding = encoding
 
     def matrix(self, name: str) -> Matrix:
-        """A weight matrix in storage form."""
-        info = self._model.tensors[name]
-        data = self._loaded[name].view(info.encoding.storage_dtype).reshape(info.storage_shape)
-        return Matrix(info.encoding, info.shape[0], info.shape[1], data)
+        """A weight matrix in the encoding that it is held in."""
+        return as_matrix(self._model.tensors[name], self._loaded[name], self._encoding)
 
     def vector(self, name: str) -> F32 | None:
         """A float32 vector, or None where the model has none of that name."""
@@ -181,13 +218,61 @@ class Residents:
         return None if raw is None else raw.view(np.float32)
 
 
-def _stored_nbytes(info: TensorInfo) -> int:
-    return int(np.prod(info.storage_shape, dtype=np.int64)) * Encoding(info.encoding).storage_dtype.itemsize
+def as_matrix(info: TensorInfo, loaded: npt.NDArray[np.uint8], encoding: Encoding | None = None) -> Matrix:
+    """What `load_tensors` gave for a matrix, as a backend takes it."""
+    held_in = resident_encoding(info, encoding)
+    data = loaded.view(held_in.storage_dtype).reshape(info.shape[0], -1)
+    return Matrix(held_in, info.shape[0], info.shape[1], data)
 
 
-def _room(info: TensorInfo) -> int:
-    head = info.extent.offset % IO_ALIGNMENT if info.codec == "raw" else 0
-    return round_up(head + _stored_nbytes(info), IO_ALIGNMENT)
+def _head(info: TensorInfo) -> int:
+    """Bytes before a raw tensor in the block that it begins in."""
+    return info.extent.offset % IO_ALIGNMENT if info.codec == "raw" else 0
+
+
+def _room(info: TensorInfo, encoding: Encoding | None) -> int:
+    held_in = resident_encoding(info, encoding)
+    head = _head(info) if held_in == info.encoding else 0
+    return round_up(head + stored_nbytes(info, held_in), IO_ALIGNMENT)
+
+
+def _pieces(info: TensorInfo) -> Iterator[slice]:
+    """Rows of a matrix that are re-encoded at once."""
+    step = max(1, _PIECE_WEIGHTS // info.shape[1])
+    for first in range(0, info.shape[0], step):
+        yield slice(first, min(first + step, info.shape[0]))
+
+
+def _rows_of(info: TensorInfo, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return out.reshape(info.shape[0], -1)
+
+
+def _encode_rows(info: TensorInfo, stored: npt.NDArray[Any], encoding: Encoding, out: npt.NDArray[np.uint8]) -> None:
+    """Re-encode stored rows of a matrix."""
+    try:
+        out[:] = encode(decode(stored, info.encoding, info.shape[1]), encoding)
+    except ValueError as error:
+        raise FlashError(
+            f"tensor {info.name} cannot be held in {encoding}: {error}; --residents stored takes it as it is",
+            path=info.extent.path,
+            where=info.extent.offset,
+        ) from error
+
+
+def _read_and_encode(
+    info: TensorInfo, file: DirectFile, encoding: Encoding, out: npt.NDArray[np.uint8], *, verify: bool
+) -> int:
+    """Read a matrix and re-encode it; returns its bytes in the file."""
+    nbytes = info.extent.nbytes // info.shape[0]  # of a row
+    rows_out, crc32c = _rows_of(info, out), 0
+    for rows in _pieces(info):
+        raw = file.read(info.extent.offset + rows.start * nbytes, (rows.stop - rows.start) * nbytes)
+        crc32c = google_crc32c.extend(crc32c, raw)
+        stored = raw.view(info.encoding.storage_dtype).reshape(rows.stop - rows.start, -1)
+        _encode_rows(info, stored, encoding, rows_out[rows])
+    if verify:
+        _require_checksum(info, crc32c)
+    return info.extent.nbytes
 
 
 def _read_raw(info: TensorInfo, file: DirectFile, place: npt.NDArray[np.uint8], *, verify: bool) -> int:
@@ -195,7 +280,13 @@ def _read_raw(info: TensorInfo, file: DirectFile, place: npt.NDArray[np.uint8], 
     head = info.extent.offset % IO_ALIGNMENT
     file.read_into(place, info.extent.offset - head, head + info.extent.nbytes)
     data = place[head : head + info.extent.nbytes]
-    if verify and (actual := google_crc32c.value(data)) != info.crc32c:
+    if verify:
+        _require_checksum(info, google_crc32c.value(data))
+    return info.extent.nbytes
+
+
+def _require_checksum(info: TensorInfo, actual: int) -> None:
+    if actual != info.crc32c:
         raise ChecksumError(
             f"tensor {info.name} does not match its checksum",
             path=info.extent.path,
@@ -204,4 +295,3 @@ def _read_raw(info: TensorInfo, file: DirectFile, place: npt.NDArray[np.uint8], 
             expected=f"{info.crc32c:08x}",
             actual=f"{actual:08x}",
         )
-    return info.extent.nbytes

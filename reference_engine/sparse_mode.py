@@ -9,9 +9,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
+
+import numpy as np
 
 from flashfmt import FlashModel
+from flashfmt.encodings import Encoding
 from flashfmt.errors import PromptError
 from reference_engine.active_bundles import OpenReader
 from reference_engine.backends import Backend
@@ -30,6 +33,9 @@ from reference_engine.selectors import (
 from reference_engine.slot_sharing import F64, expected_misses, predicted_window
 from reference_engine.sparse_bundles import SparseBundles
 from reference_engine.sparse_plan import BundleSizes, SparsePlan, plan_sparse
+
+_WINDOW_TOKENS: Final = 5
+_PAPER_SHARE: Final = 0.24
 
 
 class BuildsWindow(Protocol):
@@ -78,6 +84,22 @@ def sparse_selectors_nbytes(model: FlashModel, options: SparseOptions) -> int:
         If a selector does not go with the model.
     """
     return sum(selectors_nbytes(model, choice) for choice in options.choices)
+
+
+def selector_encodings(options: SparseOptions) -> set[Encoding]:
+    """Encodings of the matrices that selectors make while loading."""
+    return {choice.encoding for choice in options.choices if choice.encoding is not None}
+
+
+def window_share(model: FlashModel, options: SparseOptions) -> float:
+    """Share of the neurons that the whole window takes: those of the last five tokens (LLM in a flash, section 3.1).
+
+    By the file's statistics, with what its predictors name beyond what is active; the paper's figure without.
+    """
+    windows = _aggregated_windows(model, options)
+    if windows is None:
+        return _PAPER_SHARE
+    return float(np.mean([window[min(_WINDOW_TOKENS, len(window)) - 1] for window in windows]))
 
 
 def sparse_load_nbytes(model: FlashModel, options: SparseOptions, capacities: Sequence[int]) -> int:
@@ -189,7 +211,13 @@ def starting_tokens(
 
 def _curves(model: FlashModel, options: SparseOptions) -> list[tuple[F64, F64]] | None:
     """Expected misses of each layer over its slots, where the file has statistics."""
-    curves = []
+    windows = _aggregated_windows(model, options)
+    return None if windows is None else [expected_misses(window, model.decoder.ffn.d_ff) for window in windows]
+
+
+def _aggregated_windows(model: FlashModel, options: SparseOptions) -> list[F64] | None:
+    """s_agg of what is computed in each layer, where the file has statistics."""
+    windows: list[F64] = []
     for layer in range(model.decoder.n_layers):
         statistics = model.statistics(layer)
         if statistics is None:
@@ -198,8 +226,8 @@ def _curves(model: FlashModel, options: SparseOptions) -> list[tuple[F64, F64]] 
         stored = model.predictor(layer) if options.selector.kind == "file" else None
         if stored is not None and stored[0].measured is not None:
             aggregated = predicted_window(aggregated, stored[0].measured.predicted_fraction)
-        curves.append(expected_misses(aggregated, model.decoder.ffn.d_ff))
-    return curves
+        windows.append(np.asarray(aggregated, np.float64))
+    return windows
 
 
 def bundle_opener(model: FlashModel, tuning: IoTuning | None = None) -> OpenReader:

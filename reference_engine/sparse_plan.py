@@ -75,7 +75,7 @@ class SparsePlan:
         """(what, bytes) in the order of the forward pass, for printing."""
         return [
             ("process (interpreter, kernels, tokenizer)", self.fixed.process),
-            ("resident tensors", self.fixed.residents),
+            (self.fixed.residents_label, self.fixed.residents),
             ("predictors and selectors", self.fixed.selectors),
             (f"KV cache ({self.context_tokens} tokens)", self.fixed.kv_cache),
             ("scratch", self.fixed.scratch),
@@ -92,6 +92,7 @@ class SparsePlan:
             "planned_bytes": self.planned,
             "process_bytes": self.fixed.process,
             "resident_bytes": self.fixed.residents,
+            "resident_encoding": str(self.fixed.resident_encoding or "stored"),
             "selector_bytes": self.fixed.selectors,
             "kv_cache_bytes": self.fixed.kv_cache,
             "scratch_bytes": self.fixed.scratch,

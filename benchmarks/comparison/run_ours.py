@@ -35,7 +35,6 @@ from reference_engine.models.decoder_stack import DecoderStack
 from reference_engine.models.weights import F32, BundleBlock, WithoutLookAhead
 from reference_engine.residents import (
     EMBEDDING,
-    Residents,
     ResidentTable,
     flash_table,
     load_residents,
@@ -89,7 +88,7 @@ def mapped(path: Path, context: int) -> Iterator[tuple[Feed, int, Callable[[], d
     """Decoding with residents in DRAM and bundles in a map."""
     with flashfmt.open(path) as model:
         backend = compiled_for(model)
-        residents = Residents(model, load_residents(model, verify=False))
+        residents = load_residents(model, verify=False)
         table = flash_table(model, backend) or ResidentTable(residents.matrix(EMBEDDING), backend)
         stack = DecoderStack(
             decoder=model.decoder,

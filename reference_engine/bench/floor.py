@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 
 from flashfmt import FlashModel
+from flashfmt.encodings import Encoding
 from flashfmt.layout import round_up
 from reference_engine.bench.results import Floor, RunResult
 from reference_engine.bundle_blocks import BLOCK_BYTES
@@ -23,7 +24,8 @@ from reference_engine.flash_io.device_measurement import Case, Pattern, cases, m
 from reference_engine.flash_io.open_file import open_file
 from reference_engine.kv_cache import kv_cache_nbytes
 from reference_engine.machine import available_nbytes
-from reference_engine.residents import POSITIONS, resident_tensors
+from reference_engine.resident_encoding import POSITIONS, resident_encoding, stored_nbytes
+from reference_engine.residents import resident_tensors
 from reference_engine.selectors import SelectorChoice, selectors_nbytes
 
 _RANDOM_DEPTHS: Final = (32, 128, 512)
@@ -131,6 +133,9 @@ def _floor(
 
 def _always_touched(model: FlashModel, run: RunResult, options: EngineOptions) -> float:
     """Resident matrices, of which a token touches all, and the keys and values of half the measured tokens."""
-    residents = sum(info.extent.nbytes for info in resident_tensors(model) if info.name != POSITIONS)
+    name = run.plan.get("resident_encoding", "stored")
+    encoding = None if name == "stored" else Encoding(name)
+    matrices = [info for info in resident_tensors(model) if info.name != POSITIONS]
+    residents = sum(stored_nbytes(info, resident_encoding(info, encoding)) for info in matrices)
     n_past = run.prompt_tokens + run.n_tokens // (2 * len(run.first_token_seconds))
     return residents + kv_cache_nbytes(model.decoder, n_past, options.kv_type)

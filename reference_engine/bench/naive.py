@@ -33,9 +33,9 @@ from reference_engine.flash_io import IO_ALIGNMENT, DirectFile, IoCounters, alig
 from reference_engine.kv_cache import KvCache
 from reference_engine.models.decoder_stack import DecoderStack
 from reference_engine.models.weights import BundleBlock, TapPoint, WithoutLookAhead
+from reference_engine.resident_encoding import POSITIONS
 from reference_engine.residents import (
     EMBEDDING,
-    POSITIONS,
     FlashTable,
     Residents,
     load_tensors,

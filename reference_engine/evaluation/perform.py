@@ -135,6 +135,7 @@ class _Run:
         self._progress("simulating neuron windows", 0, 1)
         return Evaluation(
             model=self._model.model.manifest.name,
+            residents=self._model.residents,
             text=self._text.name,
             n_tokens=len(self._text.token_ids),
             n_scored_tokens=dense.n_tokens,

@@ -65,9 +65,13 @@ class WindowResult:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """All that was measured. `windows` are simulated on what the point `simulated` computed for the first tokens."""
+    """All that was measured. `windows` are simulated on what the point `simulated` computed for the first tokens.
+
+    `residents` is the encoding that resident matrices were held in, or ``stored``.
+    """
 
     model: str
+    residents: str
     text: str
     n_tokens: int
     n_scored_tokens: int

@@ -14,7 +14,8 @@ from reference_engine.evaluation.results import Evaluation, PointResult
 
 def tables(evaluation: Evaluation) -> Iterator[RenderableType]:
     """Everything worth reading, in order."""
-    yield Text(f"{evaluation.model} on {evaluation.text}", style="bold")
+    held = "" if evaluation.residents == "stored" else f", resident matrices in {evaluation.residents}"
+    yield Text(f"{evaluation.model} on {evaluation.text}{held}", style="bold")
     yield Text(
         f"{evaluation.n_scored_tokens} of {evaluation.n_tokens} tokens scored, windows of {evaluation.window} every "
         f"{evaluation.stride}"

@@ -16,9 +16,10 @@ from reference_engine.machine import peak_resident_nbytes
 from reference_engine.neuron_window import parse_window
 from reference_engine.selectors import parse_selector
 from reference_engine.sparse_mode import SparseOptions
-path, memory, verb, selector, window = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+path, memory, verb, selector, window, residents = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 sparse = SparseOptions(parse_selector(selector), window=parse_window(window))
-engine = Engine(path, EngineOptions(memory=memory, context_tokens=128, kv_type="f16", sparse=sparse))
+options = EngineOptions(memory=memory, context_tokens=128, kv_type="f16", sparse=sparse, residents=residents)
+engine = Engine(path, options)
 result = {"floor": engine.plan.floor, "held": engine.plan.held_share}
 if verb == "run":
     engine.load()
@@ -33,9 +34,9 @@ engine.close()
 MIB = 1 << 20
 
 
-def child(path, memory, verb, selector, *, window="frequency", prefix=()):
+def child(path, memory, verb, selector, *, window="frequency", residents="stored", prefix=()):
     result = subprocess.run(
-        [*prefix, sys.executable, "-c", CHILD, str(path), str(memory), verb, selector, window],
+        [*prefix, sys.executable, "-c", CHILD, str(path), str(memory), verb, selector, window, residents],
         capture_output=True,
         text=True,
         check=False,
@@ -53,13 +54,16 @@ def opt_125m(tmp_path_factory):
     path.unlink()
 
 
-@pytest.mark.parametrize(("selector", "window"), [("lowbit:q4", "frequency"), ("threshold:0", "paper:3")])
-def test_resident_size_stays_below_the_ceiling(opt_125m, selector, window):
-    floor = child(opt_125m, 1 << 40, "plan", selector)["floor"]
+@pytest.mark.parametrize(
+    ("selector", "window", "residents"),
+    [("lowbit:q4", "frequency", "stored"), ("threshold:0", "paper:3", "stored"), ("threshold:0", "lru", "q8")],
+)
+def test_resident_size_stays_below_the_ceiling(opt_125m, selector, window, residents):
+    floor = child(opt_125m, 1 << 40, "plan", selector, residents=residents)["floor"]
     missing = []
     for share in (0.0, 0.1, 1.0):
         memory = floor + 4 * MIB + int(share * opt_125m.stat().st_size)
-        result = child(opt_125m, memory, "run", selector, window=window)
+        result = child(opt_125m, memory, "run", selector, window=window, residents=residents)
         assert result["peak"] <= memory, (share, result["peak"] / MIB, memory / MIB)
         missing.append(result["missing"])
     assert result["held"] == 1

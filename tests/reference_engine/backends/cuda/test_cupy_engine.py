@@ -78,6 +78,17 @@ def test_architectures(tiny_checkpoint, tmp_path, relative_error, variant):
 
 
 @pytest.mark.usefixtures("on_this_device")
+@pytest.mark.parametrize("residents", ["q8", "q4"])
+def test_residents_are_re_encoded_as_on_the_cpu(synthetic, relative_error, residents):
+    path = synthetic("gated", "f32", "f32")
+    with loaded(path, memory=4 << 30, backend="numpy", residents=residents) as engine:
+        expected = logits(engine)
+    with loaded(path, device="cuda", vram=ROOM, residents=residents) as engine:
+        assert str(engine.plan.fixed.resident_encoding) == residents
+        assert relative_error(logits(engine), expected) <= 1e-4
+
+
+@pytest.mark.usefixtures("on_this_device")
 def test_same_bits_at_every_ceiling(synthetic, monkeypatch):
     monkeypatch.setattr("reference_engine.bundle_blocks.BLOCK_BYTES", 1 << 15)
     path = synthetic("plain", "f32")
