@@ -31,6 +31,7 @@ from reference_engine.bench.single import Effort, measure_engine, measure_subjec
 from reference_engine.engine import Engine, EngineOptions
 from reference_engine.flash_io import load_profile
 from reference_engine.neuron_window import WindowChoice
+from reference_engine.resident_encoding import ResidentsChoice
 from reference_engine.residents import residents_nbytes
 from reference_engine.selectors import SelectorChoice, selectors_nbytes
 from reference_engine.sparse_bundles import SparseBundles
@@ -38,7 +39,17 @@ from reference_engine.sparse_mode import BuildsWindow, SparseOptions, bundle_ope
 from reference_engine.step_progress import StepProgress
 
 RowName = Literal[
-    "naive", "attention", "predictor", "window", "bundling", "own_window", "overlap", "look_ahead", "q8", "q4"
+    "naive",
+    "attention",
+    "predictor",
+    "window",
+    "bundling",
+    "own_window",
+    "overlap",
+    "look_ahead",
+    "q8",
+    "q4",
+    "q8_residents",
 ]
 PUBLISHED_MODEL: Final = "opt-6.7b"
 PAPER_WINDOW: Final = WindowChoice("paper", 5)
@@ -48,8 +59,9 @@ _FIRST_TOKENS: Final = {"naive": 0, "dense": 0, "sparse": 2}  # without a window
 
 @dataclass(frozen=True, slots=True)
 class RowSpec:
-    """What a row does. `encoding` None is the model's own.
+    """What a row does. `encoding` is of the bundles, None for the model's own.
 
+    `residents` says what attention and other resident matrices are held in.
     `published` are the paper's figures for `PUBLISHED_MODEL`.
     `kind`: ``naive`` keeps nothing, ``dense`` keeps all but the FFN and computes all of it, ``sparse`` selects neurons.
     `keeps` says by whose rule bundles stay from token to token: nobody's, the paper's, or the one asked for.
@@ -63,6 +75,7 @@ class RowSpec:
     waits: bool = False
     ahead: bool = False
     encoding: Encoding | None = None
+    residents: ResidentsChoice = "stored"
     published: PublishedRow | None = None
 
 
@@ -82,6 +95,8 @@ ROWS: Final = (
     RowSpec("look_ahead", "+ look-ahead: the layer before selects", ahead=True),
     RowSpec("q8", "+ q8 bundles", ahead=True, encoding=Encoding.Q8),
     RowSpec("q4", "+ q4 bundles", ahead=True, encoding=Encoding.Q4),
+    RowSpec("q8_residents", "+ q8 residents, re-encoded while loading", ahead=True, encoding=Encoding.Q4,
+            residents="q8"),
 )  # fmt: skip
 ROW_NAMES: Final[tuple[RowName, ...]] = tuple(row.name for row in ROWS)
 
@@ -159,14 +174,15 @@ def run_row(
 
             run = measure_engine(
                 path,
-                dataclasses.replace(options, sparse=sparse),
+                dataclasses.replace(options, sparse=sparse, residents=spec.residents),
                 prompt,
                 effort,
                 label=label,
                 report=report,
                 look=look,
             )
-            kept = residents_nbytes(model) + slots + sum(selectors_nbytes(model, each) for each in sparse.choices)
+            residents = residents_nbytes(model, None if spec.residents == "stored" else Encoding(spec.residents))
+            kept = residents + slots + sum(selectors_nbytes(model, each) for each in sparse.choices)
 
         def floor(machine: Machine) -> Floor:
             if spec.kind == "sparse":

@@ -105,6 +105,15 @@ def test_fewer_bits_are_fewer_bytes(rows):
     assert [rows[name].encoding for name in ("look_ahead", "q8", "q4")] == ["f16", "q8", "q4"]
 
 
+def test_narrow_residents_keep_and_touch_less(rows):
+    q4, narrow = rows["q4"], rows["q8_residents"]
+    assert narrow.encoding == q4.encoding
+    assert narrow.run.costs.n_missing == q4.run.costs.n_missing
+    assert narrow.kept_bytes < q4.kept_bytes
+    assert narrow.floor.memory_bytes < q4.floor.memory_bytes
+    assert narrow.run.plan["resident_encoding"] == "q8"
+
+
 def test_the_parts_of_a_token_s_time_add_up(report):
     for row in report.rows:
         total = row.run.seconds_per_token
