@@ -110,6 +110,11 @@ def resident_tensors(model: FlashModel) -> Iterator[TensorInfo]:
             yield model.tensors[name]
 
 
+def resident_matrices(model: FlashModel) -> Iterator[TensorInfo]:
+    """Those that may be held narrower than they are stored."""
+    return (info for info in resident_tensors(model) if len(info.shape) == 2 and info.name != POSITIONS)
+
+
 def residents_nbytes(model: FlashModel, encoding: Encoding | None = None) -> int:
     """DRAM that `load_residents` takes."""
     return sum(_room(info, encoding) for info in resident_tensors(model))

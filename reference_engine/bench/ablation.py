@@ -111,6 +111,7 @@ class Subjects:
     encodings : that there are, or can be made, beside the model's own.
     selector, prefetch : of the rows that select neurons.
     activity : replayed in the selector's place; None to let it decide.
+    stored_residents : encodings of the resident matrices, as the files have them.
     """
 
     path: Callable[[Encoding | None], Path]
@@ -118,11 +119,14 @@ class Subjects:
     selector: SelectorChoice
     prefetch: SelectorChoice | None
     activity: SyntheticActivity | None
+    stored_residents: frozenset[Encoding]
 
     def why_not(self, spec: RowSpec) -> str | None:
         """Why a row cannot be run on this; None where it can."""
         if spec.encoding is not None and spec.encoding not in self.encodings:
             return "needs the model in another encoding: use --like"
+        if spec.residents != "stored" and self.stored_residents <= {Encoding.Q8, Encoding.Q4}:
+            return "residents are stored as narrowly"
         if spec.ahead and self.activity is None and self.prefetch is None:
             return "needs --prefetch, such as lowbit:q4@previous"
         return None

@@ -32,7 +32,8 @@ class Costs:
     bytes_read, n_requests : of flash, gaps that are read through included.
     n_active, n_hits, n_missing : neurons of all layers; 0 in exact mode.
     select, issue, wait, ffn, upkeep, check : seconds in selectors, in beginning reads, in waiting for them, in the
-        arithmetic of the FFN, in keeping windows and caches, in comparing checksums.
+        arithmetic of FFNs whose bundles are fetched (those held whole are computed in one call with what is around
+        them), in keeping windows and caches, in comparing checksums.
     """
 
     bytes_read: int = 0

@@ -135,7 +135,10 @@ def _always_touched(model: FlashModel, run: RunResult, options: EngineOptions) -
     """Resident matrices, of which a token touches all, and the keys and values of half the measured tokens."""
     name = run.plan.get("resident_encoding", "stored")
     encoding = None if name == "stored" else Encoding(name)
-    matrices = [info for info in resident_tensors(model) if info.name != POSITIONS]
-    residents = sum(stored_nbytes(info, resident_encoding(info, encoding)) for info in matrices)
+    residents = sum(
+        stored_nbytes(info, resident_encoding(info, encoding))
+        for info in resident_tensors(model)
+        if info.name != POSITIONS
+    )
     n_past = run.prompt_tokens + run.n_tokens // (2 * len(run.first_token_seconds))
     return residents + kv_cache_nbytes(model.decoder, n_past, options.kv_type)

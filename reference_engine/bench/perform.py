@@ -25,6 +25,7 @@ from reference_engine.bench.synthetic_files import SyntheticFiles
 from reference_engine.engine import EngineOptions
 from reference_engine.machine import usable_cores
 from reference_engine.neuron_window import WindowChoice
+from reference_engine.residents import resident_matrices
 from reference_engine.selectors import SelectorChoice
 from reference_engine.sizes import format_size
 from reference_engine.sparse_mode import SparseOptions
@@ -97,6 +98,7 @@ def perform(request: Request, source: Path | SyntheticFiles, encoding: Encoding,
     path = source if isinstance(source, Path) else source.path(encoding)
     with flashfmt.open(path) as model:
         decoder, manifest, model_bytes = model.decoder, model.manifest, model.nbytes
+        stored_residents = frozenset(info.encoding for info in resident_matrices(model))
     prompt = prompt_ids(path, request.prompt_tokens, text=request.text, seed=request.seed)
     n_fed = len(prompt) + request.n_tokens + (0 if request.rows is None else WARM_UP_TOKENS)
     memory = request.ceiling.of(model_bytes)
@@ -127,6 +129,7 @@ def perform(request: Request, source: Path | SyntheticFiles, encoding: Encoding,
         selector=asked.selector,
         prefetch=asked.prefetch,
         activity=activity,
+        stored_residents=stored_residents,
     )
     wanted = [spec for spec in ROWS if spec.name in request.rows]
     rows = tuple(

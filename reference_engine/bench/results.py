@@ -63,7 +63,7 @@ class RunResult:
         return float(np.percentile(self.token_seconds, percent))
 
     def split(self) -> dict[str, float]:
-        """Seconds of a token by what they went into; ``rest`` is attention, norms, logits and the interpreter."""
+        """Seconds of a token by what they went into; ``rest`` is attention, norms, logits, FFNs held whole, Python."""
         parts = {name: getattr(self.costs, name) / self.n_tokens for name in SECONDS}
         return {**parts, "rest": self.seconds_per_token - sum(parts.values())}
 

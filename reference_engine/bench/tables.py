@@ -19,10 +19,10 @@ _PART_NAMES: Final = {
     "select": "selecting",
     "issue": "beginning reads",
     "wait": "waiting for flash",
-    "ffn": "FFN arithmetic",
+    "ffn": "FFN arithmetic on what is fetched",
     "upkeep": "windows and caches",
     "check": "checksums",
-    "rest": "attention, norms, logits",
+    "rest": "attention, norms, logits, FFNs held whole",
 }
 
 

@@ -22,7 +22,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_files(cache):
     """The small model's files."""
-    return SyntheticFiles(SMALL, cache, residents=Encoding.Q8, keep=True, say=quiet, report=quiet)
+    return SyntheticFiles(SMALL, cache, residents=Encoding.F16, keep=True, say=quiet, report=quiet)
 
 
 @pytest.fixture

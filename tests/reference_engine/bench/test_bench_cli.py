@@ -54,7 +54,7 @@ def test_exact_mode_is_measured(model):
     assert (run["n_tokens"], run["n_sequences"], run["prompt_tokens"]) == (6, 2, 5)
     assert run["bytes_per_token"] == run["plan"]["streamed_bytes_per_token"] == 0
     assert run["hit_rate"] is None
-    assert run["split_seconds"]["ffn"] > 0
+    assert run["split_seconds"]["rest"] > 0
     assert run["p50_seconds"] <= run["p99_seconds"] <= max(run["token_seconds"])
     assert report["synthetic_activity"] is None
     assert report["floor"]["measured_over_floor"] > 0
@@ -103,6 +103,23 @@ def test_an_ablation_in_a_table_and_in_files(small_shape, cache, tmp_path, monke
         assert set(row["run"]) == RUN_KEYS
         assert row["n_warm_up"] == WARM_UP_TOKENS
     assert report["settings"]["verify"] == "never"
+
+
+def test_residents_that_are_narrow_already_are_no_row_of_their_own(small_shape, cache):
+    arguments = ("--cache", cache, "--residents", "q8", "--ablation", "--rows", "overlap,q8_residents", *SHORT)
+    result = invoke("--like", small_shape.name, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert [row["name"] for row in report["rows"]] == ["overlap"]
+    assert "stored as narrowly" in report["notes"][0]
+
+
+def test_residents_of_a_model_are_held_as_asked_for(model):
+    for arguments, held in (((), "stored"), (("--residents", "q8"), "q8")):
+        result = invoke(model, *SHORT, *arguments, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["run"]["plan"]["resident_encoding"] == held
+    assert "does not go with MODEL" in invoke(model, *SHORT, "--residents", "f32").output
 
 
 def test_pictures_are_drawn_where_they_can_be(small_shape, cache, tmp_path):
