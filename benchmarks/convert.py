@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -24,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
-CONFIG = {
+from reference_engine.bench.machine_description import describe_machine
+
+CONFIG: dict[str, Any] = {
     "architectures": ["OPTForCausalLM"],
     "model_type": "opt",
     "vocab_size": 50272,
@@ -41,6 +42,7 @@ CONFIG = {
 CONVERT = """
 import json, sys, time
 from flashfmt.convert import convert
+from reference_engine.bench.machine_description import describe_machine
 from reference_engine.machine import peak_resident_nbytes
 started = time.perf_counter()
 convert(sys.argv[1], sys.argv[2], overwrite=True)
@@ -128,13 +130,12 @@ def main() -> None:
             runs.append(
                 {"copy_seconds": copied, "convert_seconds": converted["seconds"], "peak_bytes": converted["peak_bytes"]}
             )
-    report = {
+    report: dict[str, Any] = {
         "checkpoint_bytes": nbytes,
         "runs": runs,
         "ratio": statistics.median(run["copy_seconds"] / run["convert_seconds"] for run in runs),
         "peak_bytes": max(run["peak_bytes"] for run in runs),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "load": os.getloadavg()[0],
+        "machine": describe_machine(arguments.folder or Path(tempfile.gettempdir())),
     }
     if arguments.json:
         print(json.dumps(report, indent=2))

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -33,8 +31,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import cupy
 import numpy as np
+
+try:
+    import cupy
+except ImportError:
+    sys.exit("this needs CuPy and a GPU: install flashfmt[gpu] for CUDA 12, flashfmt[gpu-cuda13] for CUDA 13")
 
 import flashfmt
 from flashfmt.encodings import Encoding, decode, encode, part_layout
@@ -43,6 +45,7 @@ from reference_engine.backends import FfnShape, Matrix
 from reference_engine.backends.cupy_backend import CupyBackend
 from reference_engine.backends.cupy_device import CupyDevice, open_cuda_device
 from reference_engine.backends.cupy_protocol import Device
+from reference_engine.bench.machine_description import describe_machine
 from reference_engine.device_bundles import DeviceBundles
 from reference_engine.device_decoder import DeviceKvCache, DeviceResidents, DeviceStack
 from reference_engine.device_direct import SlotReader, load_kvikio
@@ -279,7 +282,17 @@ def measure_sparse(path: Path, vram: int, host_memory: int, uses_graphs: bool, o
     device = open_cuda_device()
     with flashfmt.open(path) as model:
         sparse = SparseOptions(parse_selector("all"), window=parse_window("lru"))
-        options = DeviceOptions(vram, host_memory, None, CONTEXT, PREFILL_TOKENS, "f16", "never", sparse)
+        options = DeviceOptions(
+            vram=vram,
+            host_memory=host_memory,
+            memory=None,
+            context_tokens=CONTEXT,
+            prefill_tokens=PREFILL_TOKENS,
+            kv_type="f16",
+            verify="never",
+            sparse=sparse,
+            residents="stored",
+        )
         placement = DevicePlacement(model, device, options)
         plan = placement.plan(0)
         if not isinstance(plan, SparsePlan):
@@ -413,10 +426,7 @@ def machine(device: CupyDevice) -> Figures:
         "nvidia_smi": smi,
         "cuda_runtime": cupy.cuda.runtime.runtimeGetVersion(),
         "cupy": cupy.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
+        **describe_machine(ROOT),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

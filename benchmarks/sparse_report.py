@@ -21,8 +21,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +36,7 @@ import flashfmt
 from flashfmt import FlashModel
 from flashfmt.convert import convert
 from flashfmt.manifest import bundle_checksums_name
+from reference_engine.bench.machine_description import describe_machine
 from reference_engine.calibration import CalibrationOptions, CalibrationReport, Target, calibrate
 from reference_engine.calibration.costs import PairedScores
 from reference_engine.calibration.division import divide
@@ -258,11 +257,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         "target": options.target,
         "predictors": predictors,
         "calibration_seconds": None if calibration is None else calibration.seconds,
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load": os.getloadavg()[0],
-        },
+        "machine": describe_machine(options.cache),
     }
 
 

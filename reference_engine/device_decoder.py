@@ -13,18 +13,17 @@ import numpy.typing as npt
 from flashfmt import FlashModel
 from flashfmt.encodings import Encoding
 from flashfmt.manifest import Decoder
-from reference_engine.backends import Matrix
 from reference_engine.backends.cupy_backend import CupyBackend
 from reference_engine.backends.cupy_protocol import DeviceArray
 from reference_engine.kv_cache import KvCache, KvType
 from reference_engine.models.decoder_stack import DecoderStack, Rotation
-from reference_engine.residents import as_matrix, load_tensors, resident_tensors
+from reference_engine.residents import Residents, load_tensors, resident_tensors
 
 F32 = npt.NDArray[np.float32]
 
 
-class DeviceResidents:
-    """`TensorSource` of the resident tensors on the device."""
+class DeviceResidents(Residents):
+    """Resident tensors on the device, but for rotary frequencies, which lie on the host."""
 
     def __init__(
         self,
@@ -35,23 +34,13 @@ class DeviceResidents:
         verify: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        self._model = model
-        self._encoding = encoding
-        self._loaded: dict[str, DeviceArray] = {}
+        on_device: dict[str, DeviceArray] = {}
         for info in resident_tensors(model):
             loaded = load_tensors(model, [info.name], encoding=encoding, verify=verify, progress=progress)
             host = loaded[info.name]
             is_angle = info.name.startswith("rotary/")  # the host computes sines and cosines
-            self._loaded[info.name] = host.copy() if is_angle else backend.device.upload(host)
-
-    def matrix(self, name: str) -> Matrix:
-        """A weight matrix in the encoding that it is held in, on the device."""
-        return as_matrix(self._model.tensors[name], self._loaded[name], self._encoding)
-
-    def vector(self, name: str) -> F32 | None:
-        """A float32 vector, or None where the model has none of that name; rotary frequencies lie on the host."""
-        raw = self._loaded.get(name)
-        return None if raw is None else raw.view(np.float32)
+            on_device[info.name] = host.copy() if is_angle else backend.device.upload(host)
+        super().__init__(model, on_device, encoding)
 
 
 class DeviceKvCache(KvCache):

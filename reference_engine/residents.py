@@ -215,19 +215,15 @@ class Residents:
 
     def matrix(self, name: str) -> Matrix:
         """A weight matrix in the encoding that it is held in."""
-        return as_matrix(self._model.tensors[name], self._loaded[name], self._encoding)
+        info = self._model.tensors[name]
+        held_in = resident_encoding(info, self._encoding)
+        data = self._loaded[name].view(held_in.storage_dtype).reshape(info.shape[0], -1)
+        return Matrix(held_in, info.shape[0], info.shape[1], data)
 
     def vector(self, name: str) -> F32 | None:
         """A float32 vector, or None where the model has none of that name."""
         raw = self._loaded.get(name)
         return None if raw is None else raw.view(np.float32)
-
-
-def as_matrix(info: TensorInfo, loaded: npt.NDArray[np.uint8], encoding: Encoding | None = None) -> Matrix:
-    """What `load_tensors` gave for a matrix, as a backend takes it."""
-    held_in = resident_encoding(info, encoding)
-    data = loaded.view(held_in.storage_dtype).reshape(info.shape[0], -1)
-    return Matrix(held_in, info.shape[0], info.shape[1], data)
 
 
 def _head(info: TensorInfo) -> int:

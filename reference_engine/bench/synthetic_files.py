@@ -23,8 +23,6 @@ RANK_MULTIPLE: Final = 64
 _N_LAST: Final = 4  # layers with a predictor of a larger rank
 _PUBLISHED_RANKS: Final = {"falcon-7b": (256, 1152)}
 
-"""Called with what is being done, how much of it is done, and how much there is."""
-
 
 def predictor_ranks(shape: Shape) -> tuple[int, ...]:
     """Ranks of a shape's predictors, in the paper's proportions: of OPT-6.7B 128, in the last four layers 1024.

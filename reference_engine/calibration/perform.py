@@ -45,8 +45,6 @@ from reference_engine.token_text import TokenText, read_texts
 from reference_engine.tokenizer import Tokenizer, load_tokenizer
 from reference_engine.value_cuts import SPARSE_ACTIVATIONS, ValueSample, natural_cut
 
-"""(what is being done, how much is done, of how much)."""
-
 F32 = npt.NDArray[np.float32]
 
 _WINDOW_TOKENS: Final = 512

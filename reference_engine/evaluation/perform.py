@@ -22,8 +22,6 @@ from reference_engine.token_text import TokenText, read_texts
 from reference_engine.tokenizer import Tokenizer, load_tokenizer
 from reference_engine.value_cuts import ValueSample
 
-"""(what is being done, how much is done, of how much)."""
-
 _WINDOW_TOKENS: Final = 1024
 _SAMPLED_TOKENS: Final = 1024
 
