@@ -24,19 +24,30 @@ class Clock:
         self.seconds = 0.0
 
 
-class TimedReader:
-    """A `RangeReader` that adds the time ``submit`` takes to `clock`; what ``wait`` takes is counted elsewhere."""
+class _AroundReader:
+    """What `RangeReader`s have in common that read with another one."""
 
-    def __init__(self, inner: RangeReader, clock: Clock) -> None:
+    def __init__(self, inner: RangeReader) -> None:
         self.name = inner.name
         self.file = inner.file
         self._inner = inner
-        self._clock = clock
 
     @property
     def counters(self) -> IoCounters:
         """What reading has cost so far."""
         return self._inner.counters
+
+    def close(self) -> None:
+        """Close what it reads with."""
+        self._inner.close()
+
+
+class TimedReader(_AroundReader):
+    """A `RangeReader` that adds the time ``submit`` takes to `clock`; what ``wait`` takes is counted elsewhere."""
+
+    def __init__(self, inner: RangeReader, clock: Clock) -> None:
+        super().__init__(inner)
+        self._clock = clock
 
     def submit(
         self, offsets: I64, nbytes: I64 | int, buffer: Buffer, positions: I64, *, ahead: bool = False
@@ -47,12 +58,8 @@ class TimedReader:
         self._clock.seconds += time.perf_counter() - began
         return pending
 
-    def close(self) -> None:
-        """Close what it reads with."""
-        self._inner.close()
 
-
-class UnbundledReader:
+class UnbundledReader(_AroundReader):
     """A `RangeReader` that reads every range in `n_parts` requests, as if its parts lay in different matrices.
 
     All first parts are requested before the first second part, so that the system has no neighbours to merge. Ranges
@@ -60,15 +67,8 @@ class UnbundledReader:
     """
 
     def __init__(self, inner: RangeReader, n_parts: int) -> None:
-        self.name = inner.name
-        self.file = inner.file
-        self._inner = inner
+        super().__init__(inner)
         self._n_parts = n_parts
-
-    @property
-    def counters(self) -> IoCounters:
-        """What reading has cost so far."""
-        return self._inner.counters
 
     def submit(
         self, offsets: I64, nbytes: I64 | int, buffer: Buffer, positions: I64, *, ahead: bool = False
@@ -90,10 +90,6 @@ class UnbundledReader:
                 for start, size in pieces
             ]
         )
-
-    def close(self) -> None:
-        """Close what it reads with."""
-        self._inner.close()
 
 
 class _Together(Pending):
