@@ -55,7 +55,7 @@ class ActiveFetch(Protocol):
     def n_evicted(self) -> int: ...
 
     def there(self) -> tuple[Any, Any]:
-        """Neurons and slots of what needs no read."""
+        """Neurons and slots of what can be computed at once; raises as `arrivals`."""
         ...
 
     def arrivals(self) -> Iterator[tuple[Any, Any]]:

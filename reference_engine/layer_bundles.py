@@ -104,7 +104,7 @@ class LayerBundles:
     def _begin(self, step: WindowStep, slots: Slots, upkeep_seconds: float, *, ahead: bool) -> Fetch:
         """Begin to read what a step misses to its slots."""
         missing, groups = step.missing, list[_Group]()
-        fetch = Fetch(self, step.hits, missing, len(step.evicted), groups)
+        fetch = Fetch(self, step.hits, missing, len(step.evicted), groups, is_ahead=ahead)
         costs = fetch.costs
         costs.upkeep_seconds = upkeep_seconds
         try:
@@ -170,13 +170,23 @@ class Fetch:
     costs : so far.
     """
 
-    def __init__(self, layer: LayerBundles, hits: Ids, missing: Ids, n_evicted: int, groups: list[_Group]) -> None:
+    def __init__(
+        self,
+        layer: LayerBundles,
+        hits: Ids,
+        missing: Ids,
+        n_evicted: int,
+        groups: list[_Group],
+        *,
+        is_ahead: bool = False,
+    ) -> None:
         self.hits = hits
         self.missing = missing
         self.n_evicted = n_evicted
         self.costs = Costs()
         self._layer = layer
         self._groups = groups
+        self._is_ahead = is_ahead
         self._n_ended = 0  # groups
 
     @property
@@ -190,8 +200,24 @@ class Fetch:
         return len(self.missing)
 
     def there(self) -> tuple[Ids, Slots]:
-        """Neurons that were held, and their slots."""
-        return self.hits, self._layer.cache.slots(self.hits)
+        """Neurons that were held, and what was read ahead and has arrived by now, and their slots.
+
+        Together they are computed in one call: what was read ahead has usually arrived when its layer's turn comes.
+
+        Raises
+        ------
+        FlashReadError, ChecksumError
+            As `arrivals`.
+        """
+        if self._is_ahead and self._n_ended < len(self._groups):
+            self._groups[-1].pending.look()
+        ids, slots = [self.hits], [self._layer.cache.slots(self.hits)]
+        arrivals = self.arrivals()
+        while self._is_ahead and self._n_ended < len(self._groups) and self._groups[self._n_ended].pending.is_done:
+            group_ids, group_slots = next(arrivals)
+            ids.append(group_ids)
+            slots.append(group_slots)
+        return (ids[0], slots[0]) if len(ids) == 1 else (np.concatenate(ids), np.concatenate(slots))
 
     def arrivals(self) -> Iterator[tuple[Ids, Slots]]:
         """Neurons and slots of the missing bundles as they arrive, in their order.

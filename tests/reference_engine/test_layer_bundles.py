@@ -1,3 +1,5 @@
+from itertools import chain
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -107,6 +109,34 @@ def test_what_is_held_is_what_arrived_whatever_fails(model, window, tokens):
             check(layer, model, held)
     finally:
         reader.close()
+
+
+def test_what_was_read_ahead_and_has_arrived_is_there_with_what_was_held(model):
+    layer, reader = make(model, LeastRecent(N, CAPACITY))
+    list(layer.fetch(ids(range(20))).arrivals())
+    for ahead, wanted in ((True, range(10, 70)), (False, range(40, 99))):
+        fetch = layer.fetch(ids(wanted), ahead=ahead)
+        for group in fetch._groups:
+            group.pending.wait()
+        there, slots = fetch.there()
+        assert set(there.tolist()) == (set(wanted) if ahead else set(fetch.hits.tolist()))
+        np.testing.assert_array_equal(slots, layer.cache.slots(there))
+        assert sum(len(arriving) for arriving, _ in fetch.arrivals()) == len(wanted) - len(there)
+        check(layer, model, set(layer.cache.held().tolist()))
+    reader.close()
+
+
+def test_what_was_read_ahead_and_is_broken_is_found_when_its_turn_comes(model):
+    layer, reader = make(model, LeastRecent(N, CAPACITY))
+    reader.bad = {offset_of(layer, 20)}
+    fetch = layer.fetch(ids(range(40)), ahead=True)
+    for group in fetch._groups[:1]:
+        group.pending.wait()
+    with pytest.raises(FlashReadError, match="neuron 20"):
+        list(chain([fetch.there()], fetch.arrivals()))
+    assert not {20} & set(layer.cache.held().tolist())
+    check(layer, model, set(layer.cache.held().tolist()))
+    reader.close()
 
 
 def test_a_fetch_that_nobody_waited_for_leaves_everything_consistent(model):
