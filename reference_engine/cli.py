@@ -441,6 +441,8 @@ def _print_plan(console: Console, engine: Engine) -> None:
     if plan.fixed.resident_encoding is not None:
         held_in = plan.fixed.resident_encoding
         notes.append(f"resident matrices are held in {held_in}, unless --residents stored is given")
+    if plan.floor > plan.planned:
+        notes.append(f"loading the kernels takes {format_size(plan.fixed.at_start)} for a moment")
     if notes:
         table.caption = "; ".join(notes)
     console.print(table)

@@ -186,6 +186,7 @@ class Engine:
         self._kv_cache: KvCache | None = None
         self._session: Session | None = None
         self._flash_table: FlashTable | None = None
+        self._at_start = 0  # most that was seen to be held before the plan
         try:
             self.context_tokens = self._choose_context()
             self._placement = self._place()
@@ -390,8 +391,8 @@ class Engine:
         multiplied : encodings of matrices that are made while loading.
         """
         self._backend.prepare(multiplied_encodings(self.model, residents).union(multiplied))
+        self._at_start = max(self._at_start, resident_nbytes())
         trim_heap()  # reading a tokenizer leaves megabytes of freed memory
-        at_start = resident_nbytes()
         release_compiler()
         return FixedParts(
             process=resident_nbytes(),
@@ -399,7 +400,7 @@ class Engine:
             kv_cache=kv_cache_nbytes(self.model.decoder, self.context_tokens, self.options.kv_type),
             scratch=scratch,
             selectors=selectors,
-            at_start=at_start,
+            at_start=self._at_start,
             resident_encoding=residents,
         )
 

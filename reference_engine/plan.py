@@ -115,7 +115,7 @@ def plan_memory(fixed: FixedParts, blocks: Sequence[Block], ceiling: int, contex
     """
     ring = RING_SLOTS * round_up(max(block.nbytes for block in blocks), 4096)
     everything = pinned_nbytes(blocks, [True] * len(blocks))
-    floor = max(with_margin(fixed.total + min(ring, everything)), fixed.at_start)
+    floor = with_margin(max(fixed.total + min(ring, everything), fixed.at_start))
     require_floor(ceiling, floor)
     if with_margin(fixed.total + everything) <= ceiling:
         pinned, ring = [True] * len(blocks), 0

@@ -124,7 +124,7 @@ def plan_sparse(
     least = [minimum] * sizes.n_layers
     everything = [sizes.n_neurons] * sizes.n_layers
     held = fixed.total + sizes.bookkeeping
-    floor = max(with_margin(held + sizes.slots_nbytes(least)), fixed.at_start)
+    floor = with_margin(max(held + sizes.slots_nbytes(least), fixed.at_start))
     require_floor(ceiling, floor)
     if with_margin(held + sizes.slots_nbytes(everything)) <= ceiling:
         capacities = everything

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,3 +88,10 @@ def test_a_small_model_needs_no_more_than_itself():
     plan = plan_memory(FIXED, every, 1 << 40, 2048)
     assert plan.is_resident
     assert plan.floor <= plan.planned
+
+
+def test_no_ceiling_is_below_what_the_process_held_before_the_plan():
+    every = blocks(4)
+    before = plan_memory(FIXED, every, 600 * MIB, 2048)
+    started = plan_memory(dataclasses.replace(FIXED, at_start=400 * MIB), every, 600 * MIB, 2048)
+    assert started.planned == before.planned < 400 * MIB < started.floor < 420 * MIB

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -188,6 +190,36 @@ def test_the_plan_says_so(opt_like):
     ran = CliRunner().invoke(run, [*arguments, "--tokens", "5,6,7", "--max-tokens", "2", "--ignore-eos"])
     assert ran.exit_code == 0, ran.output
     assert "resident tensors, in q8" in ran.stderr
+
+
+CHILD = """
+import sys
+from reference_engine.engine import Engine, EngineOptions
+from reference_engine.machine import peak_resident_nbytes
+from reference_engine.selectors import parse_selector
+from reference_engine.sparse_mode import SparseOptions
+path, memory, residents = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+sparse = SparseOptions(parse_selector("lowbit:q4"))
+engine = Engine(path, EngineOptions(memory=memory, context_tokens=32, sparse=sparse, residents=residents))
+engine.load()
+engine.start().feed([5, 6, 7])
+print(engine.plan.floor, peak_resident_nbytes())
+engine.close()
+"""
+
+
+def test_trying_several_encodings_stays_below_the_ceiling(opt_like):
+    """Loading kernels takes more for a moment than this small model does afterwards."""
+
+    def child(memory, choice):
+        command = [sys.executable, "-c", CHILD, str(opt_like), str(memory), choice]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return map(int, done.stdout.split())
+
+    for choice, widest in (("auto", "stored"), ("q8", "q8")):
+        floor, _ = child(8 << 30, widest)
+        _, peak = child(floor + (2 << 20), choice)
+        assert peak <= floor + (2 << 20)
 
 
 def test_a_damaged_matrix_is_found_while_it_is_re_encoded(synthetic, tmp_path):
