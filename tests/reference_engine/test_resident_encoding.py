@@ -137,6 +137,7 @@ def test_the_widest_that_leaves_enough(sizes, room, enough):
     assert chosen == (wide_enough[0] if wide_enough else Encoding.Q8 if Encoding.Q8 in fits else fits[0])
 
 
+@pytest.mark.usefixtures("steady")
 def test_sparse_mode_takes_narrow_residents_where_the_window_would_not_fit(opt_like):
     def planned(memory, choice="auto"):
         options = EngineOptions(memory=memory, context_tokens=32, sparse=LOW_BIT, residents=choice)
@@ -158,6 +159,12 @@ def test_sparse_mode_takes_narrow_residents_where_the_window_would_not_fit(opt_l
         planned(floors["q4"] - (8 << 20))
 
 
+@pytest.fixture
+def steady(monkeypatch):
+    """The process always holds the same, whatever other tests have left in it."""
+    monkeypatch.setattr("reference_engine.engine.resident_nbytes", lambda: 100 << 20)
+
+
 @pytest.fixture(scope="module")
 def opt_like(tmp_path_factory):
     """Residents of tens of megabytes, so that their size decides."""
@@ -167,6 +174,7 @@ def opt_like(tmp_path_factory):
     path.unlink()
 
 
+@pytest.mark.usefixtures("steady")
 def test_the_plan_says_so(opt_like):
     with Engine(opt_like, EngineOptions(context_tokens=32, sparse=LOW_BIT)) as engine:
         memory = engine.plan.floor + (1 << 20)
