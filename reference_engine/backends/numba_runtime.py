@@ -34,7 +34,7 @@ config: Any = numba.config  # its settings are made at run time
 
 _COMPLETE = "complete"
 _DAYS_KEPT = 30
-_SPIN_COUNT = "20000"
+_SPIN_COUNT = "5000"
 
 
 @cache
@@ -86,7 +86,7 @@ def choose_threading_layer() -> None:
     """Have numba use OpenMP if it can be loaded, else its own queue; `NUMBA_THREADING_LAYER` has precedence.
 
     GNU's OpenMP threads spin for milliseconds before they sleep. Where other threads want the cores, those that read
-    from flash among them, that makes calls several times slower; a tenth of a millisecond still bridges most gaps
+    from flash among them, that makes calls several times slower; a fraction of a millisecond still bridges the gap
     between two calls. So `GOMP_SPINCOUNT` is set for this process, unless the environment already says how to wait.
     Without effect once numba's threads have started.
     """
