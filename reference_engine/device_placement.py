@@ -40,6 +40,7 @@ from reference_engine.residents import (
     FlashTable,
     ResidentTable,
     flash_table,
+    resident_matrices,
     resident_tensors,
     residents_nbytes,
     tensors_nbytes,
@@ -150,7 +151,8 @@ class DevicePlacement:
                 actual=ceiling,
             )
         self._require_dram(process_nbytes)
-        encodings = encodings_to_try(model, options.residents, may_be_lossy=options.sparse is not None)
+        matrices = resident_matrices(model)
+        encodings = encodings_to_try(matrices, options.residents, may_be_lossy=options.sparse is not None)
         if options.sparse is None:
             return choose_plan(encodings, partial(self._plan_exact, ceiling), lambda plan: True)
         whole = window_share(model, options.sparse)

@@ -44,6 +44,7 @@ from reference_engine.residents import (
     flash_table,
     load_residents,
     multiplied_encodings,
+    resident_matrices,
     residents_file_nbytes,
     residents_nbytes,
 )
@@ -358,7 +359,8 @@ class Engine:
             trim_heap()  # reading a tokenizer leaves megabytes of freed memory
             return self._placement.plan(resident_nbytes())
         sparse = self.options.sparse
-        encodings = encodings_to_try(self.model, self.options.residents, may_be_lossy=sparse is not None)
+        matrices = resident_matrices(self.model)
+        encodings = encodings_to_try(matrices, self.options.residents, may_be_lossy=sparse is not None)
         if sparse is None:
             return choose_plan(encodings, self._plan_exact, lambda plan: True)
         whole = window_share(self.model, sparse)

@@ -8,12 +8,12 @@ Knows: encodings, sizes and plans. Does not know: how tensors are read, what els
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Literal, TypeVar
 
 import numpy as np
 
-from flashfmt import FlashModel, TensorInfo
+from flashfmt import TensorInfo
 from flashfmt.encodings import QUANTISED_ROW_MULTIPLE, Encoding, part_layout
 from flashfmt.errors import BudgetError
 from reference_engine.plan import MemoryPlan
@@ -46,22 +46,22 @@ def stored_nbytes(info: TensorInfo, encoding: Encoding) -> int:
     return info.shape[0] * part_layout(encoding, info.shape[1]).nbytes
 
 
-def encodings_to_try(model: FlashModel, choice: ResidentsChoice, *, may_be_lossy: bool) -> list[Encoding | None]:
+def encodings_to_try(
+    matrices: Iterable[TensorInfo], choice: ResidentsChoice, *, may_be_lossy: bool
+) -> list[Encoding | None]:
     """What may be asked for, the widest first; None for as stored.
 
     Parameters
     ----------
+    matrices : the resident ones.
     may_be_lossy : whether ``auto`` may re-encode.
     """
     if choice == "stored" or (choice == "auto" and not may_be_lossy):
         return [None]
     if choice != "auto":
         return [Encoding(choice)]
-    narrower = [
-        asked
-        for asked in _AUTOMATIC
-        if any(resident_encoding(info, asked) != info.encoding for info in model.tensors.values())
-    ]
+    infos = list(matrices)
+    narrower = (asked for asked in _AUTOMATIC if any(resident_encoding(i, asked) != i.encoding for i in infos))
     return [None, *narrower]
 
 

@@ -21,7 +21,7 @@ from reference_engine.cli import plan, run
 from reference_engine.engine import Engine, EngineOptions
 from reference_engine.neuron_window import parse_window
 from reference_engine.resident_encoding import choose_plan, encodings_to_try, resident_encoding
-from reference_engine.residents import load_residents, residents_nbytes
+from reference_engine.residents import load_residents, resident_matrices, residents_nbytes
 from reference_engine.selectors import parse_selector
 from reference_engine.sparse_mode import SparseOptions
 from reference_engine.synthetic import Shape, write_synthetic
@@ -103,16 +103,16 @@ def test_compressed_matrices_are_re_encoded_as_well(tmp_path, monkeypatch):
 
 def test_what_is_narrow_already_stays(synthetic):
     with flashfmt.open(synthetic("gated", "f16", "q8")) as model:
-        assert encodings_to_try(model, "auto", may_be_lossy=True) == [None, Encoding.Q4]
+        assert encodings_to_try(resident_matrices(model), "auto", may_be_lossy=True) == [None, Encoding.Q4]
         assert residents_nbytes(model, Encoding.Q8) == residents_nbytes(model)
         for info in model.tensors.values():
             assert resident_encoding(info, Encoding.Q8) == info.encoding
             positions = dataclasses.replace(info, name="embedding/positions")
             assert resident_encoding(positions, Encoding.Q4) == info.encoding
     with flashfmt.open(synthetic("gated", "f16", "f16")) as model:
-        assert encodings_to_try(model, "auto", may_be_lossy=True) == [None, Encoding.Q8, Encoding.Q4]
-        assert encodings_to_try(model, "auto", may_be_lossy=False) == [None]
-        assert encodings_to_try(model, "q4", may_be_lossy=False) == [Encoding.Q4]
+        assert encodings_to_try(resident_matrices(model), "auto", may_be_lossy=True) == [None, Encoding.Q8, Encoding.Q4]
+        assert encodings_to_try(resident_matrices(model), "auto", may_be_lossy=False) == [None]
+        assert encodings_to_try(resident_matrices(model), "q4", may_be_lossy=False) == [Encoding.Q4]
 
 
 @given(
