@@ -34,13 +34,12 @@ from reference_engine.exact_bundles import model_blocks
 from reference_engine.flash_io import IO_ALIGNMENT
 from reference_engine.kv_cache import KvType, kv_cache_nbytes
 from reference_engine.plan import RING_SLOTS, FixedParts, MemoryPlan, plan_memory
-from reference_engine.resident_encoding import ResidentsChoice, choose_plan, encodings_to_try
+from reference_engine.resident_encoding import ResidentsChoice
 from reference_engine.residents import (
     EMBEDDING,
     FlashTable,
     ResidentTable,
     flash_table,
-    resident_matrices,
     resident_tensors,
     residents_nbytes,
     tensors_nbytes,
@@ -52,9 +51,9 @@ from reference_engine.sparse_mode import (
     bundle_opener,
     load_with_hints,
     plan_sparse_mode,
+    plan_with_residents,
     sparse_selectors_nbytes,
     starting_tokens,
-    window_share,
 )
 from reference_engine.sparse_plan import SparsePlan
 
@@ -151,19 +150,19 @@ class DevicePlacement:
                 actual=ceiling,
             )
         self._require_dram(process_nbytes)
-        matrices = resident_matrices(model)
-        encodings = encodings_to_try(matrices, options.residents, may_be_lossy=options.sparse is not None)
-        if options.sparse is None:
-            return choose_plan(encodings, partial(self._plan_exact, ceiling), lambda plan: True)
-        whole = window_share(model, options.sparse)
-        by_encoding = partial(self._plan_sparse, options.sparse, ceiling)
-        return choose_plan(encodings, by_encoding, lambda plan: plan.held_share >= whole)
+        return plan_with_residents(
+            model,
+            options.residents,
+            options.sparse,
+            partial(self._plan_exact, ceiling),
+            partial(self._plan_sparse, ceiling),
+        )
 
     def _plan_exact(self, ceiling: int, residents: Encoding | None) -> MemoryPlan:
         fixed = self._fixed_parts(residents, self._model.decoder.ffn.d_ff)  # pinned neighbours are computed together
         return plan_memory(fixed, model_blocks(self._model), ceiling, self._options.context_tokens)
 
-    def _plan_sparse(self, sparse: SparseOptions, ceiling: int, residents: Encoding | None) -> SparsePlan:
+    def _plan_sparse(self, ceiling: int, sparse: SparseOptions, residents: Encoding | None) -> SparsePlan:
         fixed = self._fixed_parts(residents, BLOCK_NEURONS)
         scores = 8 * self._n_prefill_tokens * self._model.decoder.ffn.d_ff
         selectors = sparse_selectors_nbytes(self._model, sparse)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -36,7 +35,7 @@ from reference_engine.kv_cache import KvCache, KvType, kv_cache_nbytes
 from reference_engine.machine import automatic_ceiling, resident_nbytes, trim_heap
 from reference_engine.models.decoder_stack import DecoderStack
 from reference_engine.plan import FixedParts, MemoryPlan, plan_memory
-from reference_engine.resident_encoding import ResidentsChoice, choose_plan, encodings_to_try
+from reference_engine.resident_encoding import ResidentsChoice
 from reference_engine.residents import (
     EMBEDDING,
     FlashTable,
@@ -44,7 +43,6 @@ from reference_engine.residents import (
     flash_table,
     load_residents,
     multiplied_encodings,
-    resident_matrices,
     residents_file_nbytes,
     residents_nbytes,
 )
@@ -53,10 +51,10 @@ from reference_engine.sparse_mode import (
     SparseOptions,
     load_sparse,
     plan_sparse_mode,
+    plan_with_residents,
     selector_encodings,
     sparse_load_nbytes,
     sparse_selectors_nbytes,
-    window_share,
 )
 from reference_engine.sparse_plan import SparsePlan
 
@@ -358,13 +356,8 @@ class Engine:
         if self._placement is not None:
             trim_heap()  # reading a tokenizer leaves megabytes of freed memory
             return self._placement.plan(resident_nbytes())
-        sparse = self.options.sparse
-        matrices = resident_matrices(self.model)
-        encodings = encodings_to_try(matrices, self.options.residents, may_be_lossy=sparse is not None)
-        if sparse is None:
-            return choose_plan(encodings, self._plan_exact, lambda plan: True)
-        whole = window_share(self.model, sparse)
-        return choose_plan(encodings, partial(self._plan_sparse, sparse), lambda plan: plan.held_share >= whole)
+        options = self.options
+        return plan_with_residents(self.model, options.residents, options.sparse, self._plan_exact, self._plan_sparse)
 
     def _plan_exact(self, residents: Encoding | None) -> MemoryPlan:
         blocks = model_blocks(self.model)

@@ -128,7 +128,7 @@ class ObservedModel:
     @property
     def residents(self) -> str:
         """Encoding that resident matrices are held in; ``stored`` where they are as in the file."""
-        return str(self._engine.exact_plan.fixed.resident_encoding or "stored")
+        return self._engine.exact_plan.fixed.residents_held_in
 
     @property
     def backend(self) -> Backend:

@@ -45,6 +45,11 @@ class FixedParts:
         return self.process + self.residents + self.kv_cache + self.scratch + self.selectors
 
     @property
+    def residents_held_in(self) -> str:
+        """Name of `resident_encoding`, or ``stored``."""
+        return "stored" if self.resident_encoding is None else str(self.resident_encoding)
+
+    @property
     def residents_label(self) -> str:
         """What the resident tensors are, for printing."""
         return "resident tensors" + ("" if self.resident_encoding is None else f", in {self.resident_encoding}")
@@ -94,7 +99,7 @@ class MemoryPlan:
             "planned_bytes": self.planned,
             "process_bytes": self.fixed.process,
             "resident_bytes": self.fixed.residents,
-            "resident_encoding": str(self.fixed.resident_encoding or "stored"),
+            "resident_encoding": self.fixed.residents_held_in,
             "kv_cache_bytes": self.fixed.kv_cache,
             "scratch_bytes": self.fixed.scratch,
             "read_buffer_bytes": self.ring,

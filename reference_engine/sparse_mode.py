@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -21,8 +22,10 @@ from reference_engine.backends import Backend
 from reference_engine.bundle_checksums import Verify
 from reference_engine.flash_io import IO_ALIGNMENT, IoTuning, RangeReader, open_reader
 from reference_engine.neuron_window import DEFAULT_WINDOW, Ids, NeuronWindow
-from reference_engine.plan import FixedParts
+from reference_engine.plan import FixedParts, MemoryPlan
 from reference_engine.preloading import likely_tokens
+from reference_engine.resident_encoding import ResidentsChoice, choose_plan, encodings_to_try
+from reference_engine.residents import resident_matrices
 from reference_engine.selectors import (
     SelectorChoice,
     TappedSelector,
@@ -100,6 +103,32 @@ def window_share(model: FlashModel, options: SparseOptions) -> float:
     if windows is None:
         return _PAPER_SHARE
     return float(np.mean([window[min(_WINDOW_TOKENS, len(window)) - 1] for window in windows]))
+
+
+def plan_with_residents(
+    model: FlashModel,
+    choice: ResidentsChoice,
+    sparse: SparseOptions | None,
+    plan_exact: Callable[[Encoding | None], MemoryPlan],
+    plan_selected: Callable[[SparseOptions, Encoding | None], SparsePlan],
+) -> MemoryPlan | SparsePlan:
+    """The plan with the resident encoding of `choice`; ``auto`` re-encodes only where neurons are left out already.
+
+    Parameters
+    ----------
+    sparse : how neurons are left out; None computes all of them.
+    plan_exact, plan_selected : plan without and with leaving neurons out, with residents in an encoding.
+
+    Raises
+    ------
+    BudgetError
+        If no encoding fits; names the smallest ceiling that works.
+    """
+    encodings = encodings_to_try(resident_matrices(model), choice, may_be_lossy=sparse is not None)
+    if sparse is None:
+        return choose_plan(encodings, plan_exact, lambda plan: True)
+    whole = window_share(model, sparse)
+    return choose_plan(encodings, partial(plan_selected, sparse), lambda plan: plan.held_share >= whole)
 
 
 def sparse_load_nbytes(model: FlashModel, options: SparseOptions, capacities: Sequence[int]) -> int:

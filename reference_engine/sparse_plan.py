@@ -92,7 +92,7 @@ class SparsePlan:
             "planned_bytes": self.planned,
             "process_bytes": self.fixed.process,
             "resident_bytes": self.fixed.residents,
-            "resident_encoding": str(self.fixed.resident_encoding or "stored"),
+            "resident_encoding": self.fixed.residents_held_in,
             "selector_bytes": self.fixed.selectors,
             "kv_cache_bytes": self.fixed.kv_cache,
             "scratch_bytes": self.fixed.scratch,
